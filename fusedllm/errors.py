@@ -1,0 +1,45 @@
+"""Every exception a caller of fusedllm can catch; each message is one sentence for the user.
+
+A message says what was asked, what was found and what to do. The command line prints it and exits with
+`exit_code`; a traceback appears only with `--debug`.
+"""
+
+from __future__ import annotations
+
+
+class FusedLLMError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+    exit_code = 2
+
+
+class ConfigError(FusedLLMError):
+    """A model configuration is invalid, or contains mathematics that this package does not implement."""
+
+
+class CheckpointError(FusedLLMError):
+    """A checkpoint is missing, truncated, malformed, or does not hold the tensors that its configuration names."""
+
+
+class SourceError(FusedLLMError):
+    """A named model can't be fetched: unknown name, no network, gated repository, checksum mismatch."""
+
+
+class TokenizerError(FusedLLMError):
+    """A tokenizer or chat template is missing, malformed, or of a kind that this package does not implement."""
+
+
+class RequestError(FusedLLMError):
+    """A generation request or a sampling parameter is out of range."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt (with the tokens asked for) does not fit the context; the message carries both numbers."""
+
+
+class ImplementationError(FusedLLMError):
+    """A kernel implementation was asked for that can't run on this backend; the message says why."""
+
+
+class CompileForbiddenError(FusedLLMError):
+    """Something compiled inside `forbid_compile()`; the message names the program and its shape."""
