@@ -247,7 +247,7 @@ class SamplingParams:
             bias = {int(token): float(value) for token, value in self.logit_bias.items()}
         except (TypeError, ValueError):
             raise RequestError(f"logit_bias must map token ids to numbers, got {dict(self.logit_bias)!r}.") from None
-        _ask(not any(math.isnan(value) for value in bias.values()), "logit_bias", "NaN", "numbers")
+        _ask(all(map(math.isfinite, bias.values())), "logit_bias", dict(bias), "finite numbers")
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False, integer: bool = False) -> None:

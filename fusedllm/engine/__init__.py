@@ -1,0 +1,1 @@
+"""From requests to tokens: pages, buckets, compiled programs and the loop that launches them."""

@@ -1,0 +1,91 @@
+"""A request on its way through the engine, and what comes out of it. Plain Python."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fusedllm.config import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of the probability of a drawn token, and of the `top` most likely ones, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens that one launch made for one request; `finish_reason` comes with the last of them."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Timings:
+    """When things happened to a request, in seconds of `time.perf_counter()`."""
+
+    arrived: float = field(default_factory=time.perf_counter)
+    prefill_started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From the start of the prefill until the first token was on the host."""
+        return self.first_token - self.prefill_started
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first token until the last."""
+        return self.last_token - self.first_token
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From arrival until the first token, waiting included."""
+        return self.first_token - self.arrived
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request inside the engine. `stop_ids` end it inside the program; stop strings are the caller's to watch."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+    budget: int
+    seed: int = 0
+    pages: tuple[int, ...] = ()
+    generated: int = 0
+    finish_reason: FinishReason | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed % 2**64
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
+
+    def accept(self, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> Chunk:
+        """Counts `tokens`, and concludes from them whether the program has ended the request."""
+        now = time.perf_counter()
+        if not self.generated:
+            self.timings.first_token = now
+        self.timings.last_token = now
+        self.generated += len(tokens)
+        if tokens[-1] in self.stop_ids:
+            self.finish_reason = "stop"
+        elif self.generated >= self.budget:
+            self.finish_reason = "length"
+        return Chunk(tokens, logprobs, self.finish_reason)

@@ -1,0 +1,119 @@
+"""`paged_attention`: causal attention of consecutive queries over a KV cache that is read through a page table."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fusedllm.kernels.choose import choose
+
+# Queries and keys are visited in blocks of this many positions, so that scores never take more than its square per
+# head, and keys in the future of a whole block of queries are not read.
+QUERY_BLOCK = 256
+KEY_BLOCK = 256
+
+# Instead of -inf, whose difference with itself is not a number.
+MASKED = -1e30
+
+
+def paged_attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    page_table: Int[Array, "batch table"],
+    start: Int[Array, " batch"],
+    *,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Softmax attention; query `i` of a row stands at position `start + i` and sees positions up to its own.
+
+    With `window` it sees only the latest `window` positions, its own included. Scores, softmax and sums are float32,
+    combined block by block (online softmax, arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Keys and values of
+    the queries themselves must be in the pages already. Position `p` of a row lies in page `page_table[row, p //
+    page_size]`. Heads are grouped: query head `h` reads kv head `h // (heads // kv_heads)` (arXiv:2305.13245).
+
+    Raises:
+      ImplementationError: `implementation` names one that does not exist.
+    """
+    return choose("paged_attention", {"xla": _attention_xla}, implementation)(
+        q, k_pages, v_pages, page_table, start, window
+    )
+
+
+def _attention_xla(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array, window: int | None
+) -> jax.Array:
+    batch, seq, heads, head_dim = q.shape
+    kv_heads, page_size = k_pages.shape[1:3]
+    grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
+    pages_per_block = max(1, min(KEY_BLOCK // page_size, page_table.shape[1]))
+    padding = -page_table.shape[1] % pages_per_block
+    table = jnp.pad(page_table, ((0, 0), (0, padding)))
+    blocks = []
+    for first in range(0, seq, QUERY_BLOCK):
+        part = grouped[:, first : first + QUERY_BLOCK]
+        blocks.append(_query_block(part, k_pages, v_pages, table, start + first, pages_per_block, window))
+    return jnp.concatenate(blocks, axis=1).reshape(batch, seq, heads, head_dim)
+
+
+def _query_block(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    table: jax.Array,
+    start: jax.Array,
+    pages_per_block: int,
+    window: int | None,
+) -> jax.Array:
+    batch, seq, kv_heads, group, head_dim = q.shape
+    block = pages_per_block * k_pages.shape[2]
+    q_position = start[:, None] + jnp.arange(seq)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * seq, head_dim)
+
+    def visit(
+        index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        total, weight_sum, highest = carry
+        ids = lax.dynamic_slice_in_dim(table, index * pages_per_block, pages_per_block, axis=1)
+        # [batch, pages, kv_heads, page_size, head_dim] -> [batch, kv_heads, block, head_dim]
+        k = k_pages[ids].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, block, head_dim)
+        v = v_pages[ids].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, block, head_dim)
+        scores = jnp.einsum("bkqd,bktd->bkqt", q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, kv_heads, group, seq, block) * (1 / math.sqrt(head_dim))
+        k_position = index * block + jnp.arange(block)
+        visible = k_position <= q_position[:, :, None]
+        if window is not None:
+            visible &= k_position > q_position[:, :, None] - window
+        scores = jnp.where(visible[:, None, None], scores, MASKED)
+        new_highest = jnp.maximum(highest, scores.max(axis=-1))
+        # A row without a visible key in this block keeps its sums: its scores are exp(MASKED - highest) = 0, and
+        # before its first visible key whatever was summed is cleared by rescale = exp(MASKED - highest) = 0.
+        weights = jnp.exp(scores - new_highest[..., None])
+        rescale = jnp.exp(highest - new_highest)
+        partial = jnp.einsum(
+            "bkqt,bktd->bkqd",
+            weights.astype(v.dtype).reshape(batch, kv_heads, group * seq, block),
+            v,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        ).reshape(total.shape)
+        return total * rescale[..., None] + partial, weight_sum * rescale + weights.sum(axis=-1), new_highest
+
+    last_block = (jnp.max(start) + seq - 1) // block
+    first_block = jnp.int32(0) if window is None else jnp.maximum(jnp.min(start) - window + 1, 0) // block
+    initial = (
+        jnp.zeros((batch, kv_heads, group, seq, head_dim), jnp.float32),
+        jnp.zeros((batch, kv_heads, group, seq), jnp.float32),
+        jnp.full((batch, kv_heads, group, seq), MASKED, jnp.float32),
+    )
+    # A chunk's padding may reach past the table's end; positions there belong to nobody.
+    end = jnp.minimum(last_block + 1, table.shape[1] // pages_per_block)
+    total, weight_sum, _ = lax.fori_loop(first_block, end, visit, initial)
+    # [batch, kv_heads, group, seq, head_dim] -> [batch, seq, kv_heads, group, head_dim]
+    return (total / weight_sum[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)

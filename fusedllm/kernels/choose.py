@@ -1,0 +1,35 @@
+"""Which implementation of an operation runs: the automatic choice, and the refusal of an impossible one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+
+from fusedllm.errors import ImplementationError
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+# Best first, by jax's name for the backend; a name that an operation does not have is passed over.
+PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("ffi", "xla"),
+    "gpu": ("pallas", "xla"),
+    "tpu": ("xla",),
+}
+
+
+def choose(operation: str, implementations: Mapping[str, Function], implementation: str | None) -> Function:
+    """The function to run for `implementation`, or for the default backend where it is `None`.
+
+    Raises:
+      ImplementationError: the operation has no implementation of that name.
+    """
+    if implementation is None:
+        preferred = PREFERENCE.get(jax.default_backend(), ("xla",))
+        implementation = next(name for name in preferred if name in implementations)
+    if implementation not in implementations:
+        raise ImplementationError(
+            f"{operation} has no implementation {implementation!r}; it has: {', '.join(sorted(implementations))}."
+        )
+    return implementations[implementation]

@@ -1,0 +1,309 @@
+"""`LLM`: the notebook's face. Loads a model, answers prompts and chats, streams, and evaluates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
+from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
+from fusedllm.engine.engine import Engine
+from fusedllm.engine.request import Chunk, TokenLogprob
+from fusedllm.engine.request import Sequence as EngineSequence
+from fusedllm.engine.results import Completion, Usage
+from fusedllm.engine.runner import Runner
+from fusedllm.errors import ConfigError, RequestError, TokenizerError
+from fusedllm.model.params import Params
+from fusedllm.partition.plain import Plain
+from fusedllm.text.chat import ChatTemplate
+from fusedllm.text.stream import TextStream
+from fusedllm.text.tokenizer import Tokenizer
+from fusedllm.weights.load import LoadReport
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def load(
+    ckpt: str | Path = "smollm2-135m",
+    *,
+    dtype: str = "auto",
+    max_context: int | None = None,
+    engine: EngineConfig | None = None,
+    keep_quantized: bool = False,
+    random_weights: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> LLM:
+    """Loads a model.
+
+    Args:
+      ckpt: a name of `fusedllm models`, `hf:OWNER/NAME`, or a path to a file or directory of a known format.
+      dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on accelerators, float32 on the CPU.
+      max_context: positions that one request may use; by default the model's own limit, at most 4,096.
+      engine: all sizes at once, instead of `max_context`.
+      keep_quantized: leave quantized matrices as they are in the file, and decode them inside the program.
+      random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
+      seed: of the random weights.
+      progress: show a progress bar on standard error.
+
+    Raises:
+      SourceError: the name is unknown or can't be fetched.
+      CheckpointError, ConfigError, TokenizerError: what was found there can't be used.
+    """
+    from fusedllm.weights import load as loading
+    from fusedllm.weights import open as opening
+    from fusedllm.weights import random, registry
+
+    compute = compute_dtype(dtype)
+    tokenizer: Tokenizer | None = None
+    report: LoadReport | None = None
+    if random_weights:
+        config = registry.architecture(str(ckpt))
+        params = random.random_params(config, np.dtype(compute), seed)
+    else:
+        path = registry.resolve(str(ckpt), progress=progress)
+        checkpoint = opening.open_checkpoint(path)
+        config = checkpoint.config
+        params, report = loading.load_params(
+            checkpoint, dtype=np.dtype(compute), keep_quantized=keep_quantized, progress=progress
+        )
+        tokenizer = None if checkpoint.tokenizer is None else Tokenizer(checkpoint.tokenizer)
+    if engine is None:
+        limit = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
+        engine = EngineConfig(max_context=limit)
+    return LLM(config, params, tokenizer, engine=engine, dtype=compute, load_report=report)
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype that `name` means on this backend.
+
+    Raises:
+      ConfigError: a name that is none of ours.
+    """
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
+
+
+class LLM:
+    """A loaded model with its tokenizer and engine; `load` makes one.
+
+    Attributes:
+      config: the model's shape and mathematics.
+      tokenizer: `None` where the checkpoint carries none; prompts are token ids then, and texts are empty.
+      load_report: how the weights came in, bytes copied included; `None` for random weights.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        engine: EngineConfig | None = None,
+        dtype: Any = jnp.float32,
+        load_report: LoadReport | None = None,
+    ) -> None:
+        engine = engine or EngineConfig(max_context=min(config.max_position, DEFAULT_MAX_CONTEXT))
+        if engine.max_context > config.max_position:
+            raise RequestError(
+                f"max_context of {engine.max_context} was asked for, the model allows {config.max_position} positions."
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.load_report = load_report
+        self._engine = Engine(Runner(config, params, engine, Plain(), dtype=dtype, cache_dtype=dtype))
+        self._template: ChatTemplate | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, for counters and for callers that schedule themselves."""
+        return self._engine
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **keywords: Any
+    ) -> list[Completion]:
+        """Answers one prompt or several, in their order; a list of integers is one prompt of token ids.
+
+        `keywords` are fields of `SamplingParams` and override those of `sampling`.
+
+        Raises:
+          RequestError: an empty prompt, or a parameter out of range.
+          ContextLengthError: a prompt that does not fit.
+        """
+        parameters = sampling_from_keywords(sampling, keywords)
+        streams = [self._stream(self.encode(prompt), parameters) for prompt in _as_prompts(prompts)]
+        for index, chunk in self._engine.run([stream.sequence for stream in streams]):
+            streams[index].push(chunk)
+        return [stream.result for stream in streams]
+
+    def chat(self, messages: Sequence[Message], sampling: SamplingParams | None = None, **keywords: Any) -> Completion:
+        """Answers a conversation: mappings with `role` and `content`, rendered by the model's own chat template.
+
+        Raises:
+          TokenizerError: the checkpoint has no tokenizer or no chat template.
+          RequestError, ContextLengthError: as `generate`.
+        """
+        return self.generate([self.render(messages)], sampling, **keywords)[0]
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling: SamplingParams | None = None, **keywords: Any
+    ) -> Stream:
+        """Iterates over pieces of the answer's text as they are made; `.result` has the whole once it has ended.
+
+        `prompt` is a text, token ids, or a conversation as for `chat`. Raises as `generate` and `chat`, at once.
+        """
+        parameters = sampling_from_keywords(sampling, keywords)
+        conversation = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        ids = self.render(prompt) if conversation else self.encode(prompt)  # type: ignore[arg-type]
+        return self._stream(ids, parameters)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ids pass through.
+
+        Raises:
+          TokenizerError: a text, where the checkpoint has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        return self._need_tokenizer().encode(prompt)
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+          TokenizerError: no tokenizer, no chat template, or a template that refuses the messages.
+        """
+        tokenizer = self._need_tokenizer()
+        if self._template is None:
+            self._template = tokenizer.chat_template()
+        return tokenizer.encode(self._template.render(messages, **variables), add_special=False)
+
+    def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
+        """Logits after each token, float32 `[seq, vocab]`. `chunk` sets how many tokens a launch takes.
+
+        Raises:
+          RequestError, ContextLengthError: as `generate`.
+        """
+        return self._engine.logits(token_ids, chunk)
+
+    def perplexity(self, token_ids: Sequence[int], window: int = 512) -> float:
+        """`exp` of the mean negative log-likelihood over windows that do not overlap.
+
+        Each window is scored on its own, its first token unscored; a last window of one token is left out.
+
+        Raises:
+          RequestError: fewer than two tokens, or a window below two.
+          ContextLengthError: a window that does not fit the context.
+        """
+        if window < 2 or len(token_ids) < 2:
+            raise RequestError(
+                f"a perplexity needs at least two tokens and a window of two, got {len(token_ids)} and {window}."
+            )
+        parts = [token_ids[at : at + window] for at in range(0, len(token_ids), window)]
+        scores = [self._engine.score(part) for part in parts if len(part) > 1]
+        return math.exp(-float(np.concatenate(scores).astype(np.float64).mean()))
+
+    def warm_up(self, **keywords: Any) -> None:
+        """Compiles every declared program, so that nothing compiles later. See `Runner.warm_up`."""
+        self._engine.runner.warm_up(**keywords)
+
+    def _stream(self, ids: list[int], parameters: SamplingParams) -> Stream:
+        return Stream(self._engine, self._engine.prepare(ids, parameters), self.tokenizer)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError("this checkpoint has no tokenizer, so a prompt must be a list of token ids.")
+        return self.tokenizer
+
+
+class Stream:
+    """The pieces of one answer, as an iterator of texts; `close` cancels what has not been made yet."""
+
+    def __init__(self, engine: Engine, sequence: EngineSequence, tokenizer: Tokenizer | None) -> None:
+        self.sequence = sequence
+        self._engine = engine
+        self._text = None if tokenizer is None else TextStream(tokenizer, sequence.sampling.stop)
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._finished = False
+        self._pieces = self._run()
+        if tokenizer is None and sequence.sampling.stop:
+            raise TokenizerError("stop strings need a tokenizer, and this checkpoint has none.")
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the request; `result` then has what was made so far."""
+        self._pieces.close()
+        self._engine.cancel(self.sequence)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens so far."""
+        return tuple(self._tokens)
+
+    def push(self, chunk: Chunk) -> str:
+        """Takes a chunk of the engine; the text that can be shown now."""
+        if self._finished:
+            return ""
+        shown = chunk.tokens
+        ended = chunk.finish_reason
+        if ended == "stop":
+            # A stop token ends the text before it, be it special or not.
+            shown = shown[:-1]
+        piece = ""
+        count = len(chunk.tokens)
+        if self._text is not None:
+            piece = self._text.push(shown)
+            if ended and not self._text.stopped:
+                piece += self._text.finish()
+            if self._text.stopped:
+                count = self._text.token_count - len(self._tokens)
+                self.sequence.finish_reason = ended = "stop"
+                self._engine.cancel(self.sequence)
+        self._tokens += chunk.tokens[:count]
+        self._logprobs += chunk.logprobs[:count]
+        self._finished = ended is not None
+        return piece
+
+    @property
+    def result(self) -> Completion:
+        """The answer; before the end, what there is of it with the reason `cancelled`."""
+        return Completion(
+            text="" if self._text is None else self._text.text,
+            token_ids=self.token_ids,
+            finish_reason=self.sequence.finish_reason or "cancelled",
+            logprobs=tuple(self._logprobs),
+            usage=Usage(len(self.sequence.prompt), len(self._tokens)),
+            timings=self.sequence.timings,
+        )
+
+    def _run(self) -> Iterator[str]:
+        for _, chunk in self._engine.run([self.sequence]):
+            piece = self.push(chunk)
+            if piece:
+                yield piece
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,31 @@
+"""`Placement`: where each part of a layer runs. The layer is written once, in these two verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
+
+import jax
+
+from fusedllm.model.params import Weight
+
+Result = TypeVar("Result")
+
+
+class Site(NamedTuple):
+    """A place in the model, such as `Site("qkv", 3)`; `layer` is `None` outside the stack."""
+
+    name: str
+    layer: int | None = None
+
+
+class Placement(Protocol):
+    """A policy over one and the same layer. An instance is hashable: it is part of a program's key."""
+
+    def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+        """`x @ w.T` for each of `weights` (`[out, in]`), in one crossing; may run on an untrusted device."""
+        ...
+
+    def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
+        """`function(*operands)`, run where the trust is."""
+        ...

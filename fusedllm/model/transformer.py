@@ -1,0 +1,122 @@
+"""The decoder: one layer, the stack, and the vocabulary product, written against a `Placement`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusedllm.config import ModelConfig
+from fusedllm.kernels.attention import paged_attention
+from fusedllm.kernels.embed import embed
+from fusedllm.model.cache import KVCache, write_pages
+from fusedllm.model.params import LayerParams, Params
+from fusedllm.model.placement import Placement, Site
+from fusedllm.model.rope import cos_sin, rotate
+
+
+def rms_norm(x: Float[Array, "*rows width"], weight: Float[Array, " width"], eps: float) -> Float[Array, "*rows width"]:
+    """Root-mean-square norm (arXiv:1910.07467), computed in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return ((wide * scale) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def forward(
+    config: ModelConfig,
+    placement: Placement,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "batch seq"],
+    start: Int[Array, " batch"],
+    page_table: Int[Array, "batch table"],
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "batch seq hidden"], KVCache]:
+    """Runs `tokens` at positions `start, start + 1, ...` through the stack.
+
+    Returns:
+      The normed hidden states, ready for `vocabulary_logits`, and the cache with the tokens' keys and values in it.
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    x = placement.protected(Site("embedding"), lambda table, ids: embed(table, ids, dtype), params.embedding, tokens)
+    angles = placement.protected(Site("rope"), lambda at: cos_sin(config.rope, config.head_dim, at), positions)
+    keys, values = [], []
+    for index, layer in enumerate(params.layers):
+        pages = (cache.k[index], cache.v[index])
+        x, (k_pages, v_pages) = decoder_layer(config, placement, index, layer, x, pages, angles, start, page_table)
+        keys.append(k_pages)
+        values.append(v_pages)
+    x = placement.protected(
+        Site("final_norm"), lambda x, weight: rms_norm(x, weight, config.rms_norm_eps), x, params.final_norm
+    )
+    return x, KVCache(k=tuple(keys), v=tuple(values))
+
+
+def decoder_layer(
+    config: ModelConfig,
+    placement: Placement,
+    index: int,
+    layer: LayerParams,
+    x: Float[Array, "batch seq hidden"],
+    pages: tuple[jax.Array, jax.Array],
+    angles: tuple[jax.Array, jax.Array],
+    start: Int[Array, " batch"],
+    page_table: Int[Array, "batch table"],
+) -> tuple[Float[Array, "batch seq hidden"], tuple[jax.Array, jax.Array]]:
+    """One pre-norm decoder layer (LLaMA, arXiv:2302.13971): attention and SwiGLU, each added to the residual.
+
+    Returns:
+      The residual stream, and the layer's K and V pages with the new positions written.
+    """
+    eps, head_dim = config.rms_norm_eps, config.head_dim
+
+    def heads(x: jax.Array, bias: jax.Array | None, norm: jax.Array | None) -> jax.Array:
+        split = _biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
+        return split if norm is None else rms_norm(split, norm, eps)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, jax.Array], layer: LayerParams
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        q = rotate(heads(q, layer.q_bias, layer.q_norm), *angles)
+        k = rotate(heads(k, layer.k_bias, layer.k_norm), *angles)
+        k_pages = write_pages(pages[0], k, page_table, start)
+        v_pages = write_pages(pages[1], heads(v, layer.v_bias, None), page_table, start)
+        mixed = paged_attention(q, k_pages, v_pages, page_table, start, window=config.sliding_windows[index])
+        return mixed.reshape(*mixed.shape[:2], -1), (k_pages, v_pages)
+
+    def after_attention(x: jax.Array, o: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array]:
+        x = x + _biased(o, layer.o_bias)
+        return x, rms_norm(x, layer.mlp_norm, eps)
+
+    def activate(gate: jax.Array, up: jax.Array, layer: LayerParams) -> jax.Array:
+        return jax.nn.silu(_biased(gate, layer.gate_bias)) * _biased(up, layer.up_bias)
+
+    normed = placement.protected(
+        Site("attention_norm", index), lambda x, w: rms_norm(x, w, eps), x, layer.attention_norm
+    )
+    q, k, v = placement.linear(Site("qkv", index), normed, (layer.q, layer.k, layer.v))
+    mixed, pages = placement.protected(Site("attention", index), attend, q, k, v, pages, layer)
+    (o,) = placement.linear(Site("o", index), mixed, (layer.o,))
+    x, normed = placement.protected(Site("mlp_norm", index), after_attention, x, o, layer)
+    gate, up = placement.linear(Site("gate_up", index), normed, (layer.gate, layer.up))
+    active = placement.protected(Site("activation", index), activate, gate, up, layer)
+    (down,) = placement.linear(Site("down", index), active, (layer.down,))
+    x = placement.protected(
+        Site("residual", index), lambda x, down, layer: x + _biased(down, layer.down_bias), x, down, layer
+    )
+    return x, pages
+
+
+def vocabulary_logits(
+    placement: Placement, params: Params, hidden: Float[Array, "*rows hidden"]
+) -> Float[Array, "*rows vocab"]:
+    """The vocabulary product of what `forward` returns, in float32."""
+    head = params.embedding if params.head is None else params.head
+    (logits,) = placement.linear(Site("head"), hidden, (head,))
+    return logits.astype(jnp.float32)
+
+
+def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias.astype(x.dtype)

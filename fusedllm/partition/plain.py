@@ -1,0 +1,35 @@
+"""`Plain`: everything is ordinary traced code, XLA fuses the whole layer, and nothing crosses a boundary.
+
+No confidentiality claim: whoever runs the accelerator sees weights, prompt and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+
+from fusedllm.kernels.linear import linear
+from fusedllm.model.params import Weight
+from fusedllm.model.placement import Site
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The placement without a boundary. `implementation` is passed to the kernels; `None` lets them choose."""
+
+    implementation: str | None = None
+
+    def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+        """Traced where it is called."""
+        with jax.named_scope(site.name):
+            return tuple(linear(x, weight, implementation=self.implementation) for weight in weights)
+
+    def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
+        """Traced where it is called."""
+        with jax.named_scope(site.name):
+            return function(*operands)
