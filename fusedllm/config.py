@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from fusedllm.errors import ConfigError, RequestError
@@ -248,7 +247,7 @@ class SamplingParams:
         except (TypeError, ValueError):
             raise RequestError(f"logit_bias must map token ids to numbers, got {dict(self.logit_bias)!r}.") from None
         _ask(all(map(math.isfinite, bias.values())), "logit_bias", dict(bias), "finite numbers")
-        object.__setattr__(self, "logit_bias", MappingProxyType(bias))
+        object.__setattr__(self, "logit_bias", bias)
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False, integer: bool = False) -> None:
         value = getattr(self, name)

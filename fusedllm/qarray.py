@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
+@runtime_checkable
 class Scheme(Protocol):
     """How codes become numbers. An instance is a hashable value, compared by equality, and part of a program's key."""
 

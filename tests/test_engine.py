@@ -1,0 +1,283 @@
+"""The engine on a tiny model: paging, batching, seeds, stops, limits, and what is compiled and copied."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, TINY_ENGINE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedllm.engine.compile_guard import forbid_compile
+from fusedllm.engine.config import LAUNCH_TOKENS, EngineConfig, split_into_chunks
+from fusedllm.engine.pages import PagePool
+from fusedllm.errors import CompileForbiddenError, ContextLengthError, RequestError, TokenizerError
+from fusedllm.llm import LLM
+from fusedllm.weights.random import random_params
+
+# Logits of a two-layer float32 model whose products sum 48 to 80 terms, in a range of about 10.
+TOLERANCE = 1e-4
+
+
+def ids(length, seed=0):
+    return np.random.default_rng(seed).integers(3, TINY.vocab_size, length).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 24])
+def test_chunked_prefill_equals_one_prefill(tiny_llm, chunk):
+    prompt = ids(61)
+    whole = tiny_llm.logits(prompt, chunk=64)
+    np.testing.assert_allclose(tiny_llm.logits(prompt, chunk=chunk), whole, atol=TOLERANCE)
+    np.testing.assert_allclose(tiny_llm.logits(prompt), whole, atol=TOLERANCE)
+
+
+def test_prefill_then_decode_equals_one_prefill(tiny_llm):
+    prompt = ids(37)
+    (answer,) = tiny_llm.generate([prompt], max_tokens=30, ignore_eos=True)
+    rows = tiny_llm.logits(prompt + list(answer.token_ids))
+    greedy = rows.argmax(axis=-1)[len(prompt) - 1 : -1]
+    assert list(answer.token_ids) == greedy.tolist()
+
+
+def test_a_request_alone_equals_itself_in_a_batch(tiny_llm):
+    prompts = [ids(length, seed=length) for length in (1, 15, 16, 17, 33, 40, 5)]
+    parameters = {"temperature": 0.9, "top_p": 0.9, "max_tokens": 20, "ignore_eos": True, "seed": 11}
+    together = tiny_llm.generate(prompts, **parameters)
+    for index, prompt in enumerate(prompts):
+        # Of the same bucket: seven requests decode in eight slots, and so do these.
+        others = [ids(9, seed=100 + index)] * 6
+        again = tiny_llm.generate([*others[:index], prompt, *others[index:]], **parameters)[index]
+        assert again.token_ids == together[index].token_ids
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(tiny_llm):
+    def draw(seed):
+        return tiny_llm.generate([ids(8)], temperature=1.0, max_tokens=24, ignore_eos=True, seed=seed)[0].token_ids
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+    assert draw(None) != draw(None)
+
+
+def test_more_requests_than_slots_and_pages_all_get_their_answers(tiny_llm):
+    prompts = [ids(3 + index, seed=index) for index in range(21)]
+    answers = tiny_llm.generate(prompts, max_tokens=40, ignore_eos=True)
+    assert [answer.usage.completion_tokens for answer in answers] == [40] * 21
+    assert tiny_llm.engine.pages_in_use == 0
+    for prompt, answer in list(zip(prompts, answers, strict=True))[::5]:
+        greedy = tiny_llm.logits(prompt + list(answer.token_ids)).argmax(axis=-1)[len(prompt) - 1 : -1]
+        assert list(answer.token_ids) == greedy.tolist()
+
+
+def test_an_answer_ends_at_a_stop_token_and_says_so(tiny_llm):
+    (free,) = tiny_llm.generate([ids(8)], max_tokens=20, ignore_eos=True, temperature=1.0, seed=3)
+    stop = free.token_ids[6]
+    first = free.token_ids.index(stop)
+    (stopped,) = tiny_llm.generate(
+        [ids(8)], max_tokens=20, ignore_eos=True, temperature=1.0, seed=3, stop_token_ids=[stop]
+    )
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.finish_reason == "stop"
+    assert free.finish_reason == "length"
+
+
+def test_the_models_own_end_token_ends_an_answer_unless_ignored(tiny_llm):
+    bias = {2: 100.0}
+    (ended,) = tiny_llm.generate([ids(8)], max_tokens=5, logit_bias=bias)
+    (ignored,) = tiny_llm.generate([ids(8)], max_tokens=5, logit_bias=bias, ignore_eos=True)
+    assert (ended.token_ids, ended.finish_reason) == ((2,), "stop")
+    assert (ignored.token_ids, ignored.finish_reason) == ((2,) * 5, "length")
+
+
+def test_logprobs_are_of_the_models_own_distribution(tiny_llm):
+    prompt = ids(12)
+    (answer,) = tiny_llm.generate(
+        [prompt], max_tokens=9, ignore_eos=True, logprobs=3, temperature=0.7, seed=1, frequency_penalty=0.5
+    )
+    rows = tiny_llm.logits(prompt + list(answer.token_ids))[len(prompt) - 1 : -1].astype(np.float64)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    assert len(answer.logprobs) == 9
+    for row, token, entry in zip(rows, answer.token_ids, answer.logprobs, strict=True):
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(row[token], abs=TOLERANCE)
+        assert [token for token, _ in entry.top] == np.argsort(-row)[:3].tolist()
+    (plain,) = tiny_llm.generate([prompt], max_tokens=3)
+    assert plain.logprobs == ()
+
+
+def test_penalties_count_the_prompt_and_the_output(tiny_llm):
+    prompt = ids(12)
+    (free,) = tiny_llm.generate([prompt], max_tokens=40, ignore_eos=True)
+    (penalized,) = tiny_llm.generate([prompt], max_tokens=40, ignore_eos=True, frequency_penalty=100.0)
+    assert len(set(penalized.token_ids)) == 40 > len(set(free.token_ids))
+    (fresh,) = tiny_llm.generate([prompt], max_tokens=20, ignore_eos=True, repetition_penalty=100.0)
+    assert not set(fresh.token_ids) & set(prompt)
+
+
+def test_streams_can_be_interleaved_and_closed(tiny_llm):
+    first = tiny_llm.stream(ids(5, 1), max_tokens=50, ignore_eos=True)
+    run = tiny_llm.engine.run([first.sequence])
+    index, chunk = next(run)
+    assert index == 0
+    (other,) = tiny_llm.generate([ids(5, 2)], max_tokens=8, ignore_eos=True)
+    assert other.usage.completion_tokens == 8
+    tokens = list(chunk.tokens) + [token for _, chunk in run for token in chunk.tokens]
+    assert len(tokens) == 50
+
+    abandoned = tiny_llm.engine.run([tiny_llm.stream(ids(5, 3), max_tokens=90, ignore_eos=True).sequence])
+    next(abandoned)
+    assert tiny_llm.engine.pages_in_use > 0
+    abandoned.close()
+    assert tiny_llm.engine.pages_in_use == 0
+    (after,) = tiny_llm.generate([ids(5, 2)], max_tokens=8, ignore_eos=True)
+    assert after.token_ids == other.token_ids
+
+
+def test_a_failed_launch_ends_its_requests_and_nothing_else(tiny_llm, monkeypatch):
+    (before,) = tiny_llm.generate([ids(5)], max_tokens=8, ignore_eos=True)
+    runner = tiny_llm.engine.runner
+
+    def fail(*arguments):
+        for array in jax.tree.leaves(runner._cache):
+            array.delete()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_decode", fail)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_llm.generate([ids(5)], max_tokens=8)
+    assert tiny_llm.engine.pages_in_use == 0
+    (after,) = tiny_llm.generate([ids(5)], max_tokens=8, ignore_eos=True)
+    assert after.token_ids == before.token_ids
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(tiny_llm):
+    with pytest.raises(ContextLengthError, match=r"128 tokens, the context holds 128 .*model allows 256"):
+        tiny_llm.generate([ids(128)])
+    with pytest.raises(ContextLengthError, match=r"129 tokens .* holds 128"):
+        tiny_llm.logits(ids(129))
+    (last,) = tiny_llm.generate([ids(127)], max_tokens=9)
+    assert last.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("prompt", [[], [TINY.vocab_size], [-1], [1.5], [True, 3]])
+def test_a_prompt_that_is_no_list_of_ids_is_refused(tiny_llm, prompt):
+    with pytest.raises(RequestError, match=r"prompt is empty|token ids must be integers from 0 to 198"):
+        tiny_llm.generate([prompt])
+
+
+def test_text_without_a_tokenizer_is_refused(tiny_llm):
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        tiny_llm.generate("hello")
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        tiny_llm.chat([{"role": "user", "content": "hello"}])
+    with pytest.raises(TokenizerError, match="stop strings need a tokenizer"):
+        tiny_llm.generate([[1, 2]], stop=["x"])
+
+
+def test_perplexity_is_that_of_the_logits(tiny_llm):
+    tokens = ids(70)
+    total, count = 0.0, 0
+    for first in range(0, 70, 32):
+        window = tokens[first : first + 32]
+        rows = tiny_llm.logits(window).astype(np.float64)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        total -= sum(rows[at, token] for at, token in enumerate(window[1:]))
+        count += len(window) - 1
+    assert tiny_llm.perplexity(tokens, window=32) == pytest.approx(np.exp(total / count), rel=1e-5)
+
+
+def test_nothing_compiles_after_warm_up(tiny_llm):
+    rng = np.random.default_rng(9)
+    tiny_llm.warm_up()
+    with forbid_compile():
+        for _ in range(50):
+            prompts = [ids(int(rng.integers(1, 100)), int(rng.integers(99))) for _ in range(rng.integers(1, 10))]
+            temperature = float(rng.integers(0, 2))
+            tiny_llm.generate(prompts, max_tokens=int(rng.integers(1, 12)), temperature=temperature, logprobs=2)
+
+
+def test_a_compilation_after_warm_up_is_an_error_with_its_shape(tiny_llm):
+    with forbid_compile(), pytest.raises(CompileForbiddenError, match="logits of 5 tokens would compile"):
+        tiny_llm.logits(ids(9), chunk=5)
+    with forbid_compile(), pytest.raises(CompileForbiddenError, match="after warm-up"):
+        jax.jit(lambda x: x * 3 + 1)(np.ones(3))
+    tiny_llm.logits(ids(9), chunk=5)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_cache_is_updated_in_place(batch):
+    # So large that a copy of one layer's keys would be more than all other temporaries.
+    engine = dataclasses.replace(TINY_ENGINE, cache_tokens=2**15)
+    runner = LLM(TINY, random_params(TINY, "float32", seed=1), engine=engine).engine.runner
+    analysis = runner.memory_analysis(batch)
+    assert analysis.alias_size_in_bytes >= runner.cache_bytes
+    assert analysis.temp_size_in_bytes < runner.cache_bytes / (2 * TINY.num_layers)
+
+
+def test_only_ids_come_back_unless_more_is_asked_for(tiny_llm):
+    traffic = tiny_llm.engine.runner.traffic
+    before = dataclasses.replace(traffic)
+    tiny_llm.generate([ids(8)] * 4, max_tokens=33, ignore_eos=True)
+    tokens = traffic.tokens - before.tokens
+    assert tokens == 4 * 33
+    # An id is four bytes; the slots of a last block that is not full come along.
+    assert (traffic.bytes_to_host - before.bytes_to_host) / tokens <= 8
+
+
+@settings(max_examples=300)
+@given(length=st.integers(1, 3000), buckets=st.sampled_from([(16,), (16, 64, 128, 256, 512), (32, 128)]))
+def test_chunks_cover_the_prompt_and_only_the_last_is_padded(length, buckets):
+    chunks = split_into_chunks(length, buckets)
+    assert sum(size for size, _ in chunks) == length
+    assert all(size == bucket for size, bucket in chunks[:-1])
+    assert all(bucket in buckets and size <= bucket for size, bucket in chunks)
+    cost = sum(bucket + LAUNCH_TOKENS for _, bucket in chunks)
+    assert cost <= (length // buckets[-1] + 1) * (buckets[-1] + LAUNCH_TOKENS)
+
+
+@given(st.lists(st.integers(0, 6), max_size=30), st.randoms(use_true_random=False))
+def test_no_page_is_lost_or_handed_out_twice(sizes, random):
+    pool, held = PagePool(20), []
+    for size in sizes:
+        if size <= pool.free:
+            held.append(pool.take(size))
+        else:
+            with pytest.raises(RequestError):
+                pool.take(size)
+        if held and random.random() < 0.5:
+            pool.give_back(held.pop(random.randrange(len(held))))
+        pages = [page for group in held for page in group]
+        assert len(set(pages)) == len(pages) == pool.in_use == 19 - pool.free
+        assert 0 not in pages
+
+
+def test_a_page_that_nobody_holds_can_not_be_given_back():
+    pool = PagePool(4)
+    pages = pool.take(2)
+    pool.give_back(pages)
+    with pytest.raises(RequestError):
+        pool.give_back(pages)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_context": 0}, "max_context"),
+        ({"prefill_buckets": (10,)}, "multiples of page_size"),
+        ({"prefill_buckets": (32, 16)}, "ascending"),
+        ({"batch_buckets": ()}, "ascending"),
+        ({"cache_tokens": 5}, "at least one request"),
+    ],
+)
+def test_sizes_that_contradict_one_another_are_refused(values, message):
+    with pytest.raises(RequestError, match=message):
+        EngineConfig(**values)
+
+
+def test_a_context_beyond_the_model_is_refused():
+    with pytest.raises(RequestError, match=r"300 was asked for, the model allows 256"):
+        LLM(TINY, None, engine=dataclasses.replace(TINY_ENGINE, max_context=300, cache_tokens=600))

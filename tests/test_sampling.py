@@ -1,0 +1,175 @@
+"""The draw: filters against a plain NumPy definition, frequencies against probabilities, penalties by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
+from fusedllm.engine.programs import empty_slots
+from fusedllm.errors import RequestError
+from fusedllm.model import sampling
+from fusedllm.model.sampling import SamplingState, adjust, logprobs
+
+# Not traced anew for every example.
+sample = jax.jit(sampling.sample)
+draw_from_row = jax.jit(sampling._draw_from_row)
+draw_from_candidates = jax.jit(sampling._draw_from_candidates)
+
+
+def state(vocab, batch=1, **values) -> SamplingState:
+    config = ModelConfig("llama", vocab, 8, 8, 1, 1, 1, 8, 16)
+    made = empty_slots(config, batch, 1, 1).sampling
+    changes = {name: jnp.asarray(value, getattr(made, name).dtype) for name, value in values.items()}
+    return made.replace(**changes)
+
+
+def allowed(logits, temperature, top_k, top_p, min_p):
+    """The tokens that may be drawn, in float64 and by sorting."""
+    scaled = logits.astype(np.float64) / temperature
+    keep = np.ones(len(logits), bool)
+    if top_k:
+        keep &= logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
+    mass = np.exp(scaled - scaled.max()) * keep
+    before = np.asarray([mass[logits > own].sum() for own in logits])
+    if top_p < 1:
+        keep &= before < top_p * mass.sum()
+    keep &= scaled >= scaled.max() + (np.log(min_p) if min_p else -np.inf)
+    return keep
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocab=st.sampled_from([5, 64, 65, 300, 1500]),
+    spread=st.sampled_from([0.0, 0.01, 1.0, 8.0]),
+    ties=st.booleans(),
+    temperature=st.sampled_from([0.3, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 3, 63, 64, 65, 200]),
+    top_p=st.sampled_from([1.0, 0.99, 0.9, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.05, 0.9]),
+    seed=st.integers(0, 2**16),
+)
+def test_only_tokens_that_pass_every_filter_are_drawn(vocab, spread, ties, temperature, top_k, top_p, min_p, seed):
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal(vocab) * spread).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    draws = 64
+    parameters = state(
+        vocab, draws,
+        temperature=[temperature] * draws, top_k=[top_k] * draws, top_p=[top_p] * draws, min_p=[min_p] * draws,
+        key=rng.integers(0, 2**32, (draws, 2), dtype=np.uint32),
+    )  # fmt: skip
+    tokens = np.asarray(sample(jnp.tile(logits, (draws, 1)), parameters, jnp.arange(draws)))
+    # A token whose mass lies within rounding of the limit may fall to either side.
+    generous = allowed(logits, temperature, top_k, min(top_p * (1 + 1e-4), 1), min_p * (1 - 1e-4))
+    assert generous[tokens].all()
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 100}, {"top_p": 0.97}, {"min_p": 0.2}, {"top_k": 90, "top_p": 0.9}],
+)
+def test_frequencies_follow_the_filtered_distribution(filters):
+    rng = np.random.default_rng(3)
+    vocab, draws = 200, 40_000
+    logits = rng.standard_normal(vocab).astype(np.float32)
+    values = {name: [value] * draws for name, value in filters.items()}
+    parameters = state(vocab, draws, temperature=[1.3] * draws, key=[[0, 7]] * draws, **values)
+    tokens = np.asarray(sample(jnp.tile(logits, (draws, 1)), parameters, jnp.arange(draws)))
+    keep = allowed(logits, 1.3, filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0.0))
+    expected = np.exp(logits.astype(np.float64) / 1.3) * keep
+    expected /= expected.sum()
+    counts = np.bincount(tokens, minlength=vocab)
+    assert counts[~keep].sum() == 0
+    statistic = ((counts - draws * expected)[keep] ** 2 / (draws * expected[keep])).sum()
+    freedom = keep.sum() - 1
+    # Five standard deviations of a chi-square; the seed is fixed.
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_zero_temperature_takes_the_first_of_the_largest():
+    logits = jnp.asarray([[0.0, 3.0, 3.0, 1.0]])
+    assert sample(logits, state(4), jnp.zeros(1, jnp.int32)).tolist() == [1]
+
+
+def test_a_row_draws_the_same_in_any_company():
+    rng = np.random.default_rng(4)
+    logits = jnp.asarray(rng.standard_normal((3, 500)), jnp.float32)
+    filters = {"temperature": [1.0, 0.0, 1.0], "top_p": [0.5, 1.0, 1.0], "key": [[1, 2], [3, 4], [5, 6]]}
+    together = sample(logits, state(500, 3, **filters), jnp.asarray([4, 5, 6]))
+    for row in range(3):
+        alone = state(500, 1, **{name: [values[row]] for name, values in filters.items()})
+        assert sample(logits[row : row + 1], alone, jnp.asarray([4 + row])).tolist() == [int(together[row])]
+
+
+def test_bisection_agrees_with_the_candidates_where_both_can_decide():
+    rng = np.random.default_rng(5)
+    logits = jnp.asarray(rng.standard_normal((1, 400)) * 4, jnp.float32)
+    filters = {"temperature": [1.0], "top_k": [20], "top_p": [0.8], "min_p": [0.01]}
+    _, complete = draw_from_candidates(logits, state(400, **filters), jnp.asarray([0.5]))
+    assert bool(complete[0])
+    keep = allowed(np.asarray(logits[0]), 1.0, 20, 0.8, 0.01)
+    grid = jnp.linspace(0, 1, 500, endpoint=False)
+    slow = {int(draw_from_row(logits, state(400, **filters), u[None])[0]) for u in grid}
+    fast = {int(draw_from_candidates(logits, state(400, **filters), u[None])[0][0]) for u in grid}
+    assert fast == slow == set(np.flatnonzero(keep))
+
+
+def test_penalties_and_bias_are_what_their_definitions_say():
+    logits = jnp.asarray([[2.0, -2.0, 1.0, 0.5, 0.0]])
+    parameters = state(
+        5, repetition_penalty=[2.0], presence_penalty=[0.25], frequency_penalty=[0.5],
+        in_prompt=[[True, True, False, False, False]], output_counts=[[0, 0, 3, 0, 0]],
+        bias_ids=[[4] + [0] * 299], bias_values=[[7.0] + [0.0] * 299],
+    )  # fmt: skip
+    expected = [[1.0, -4.0, 0.5 - 0.25 - 1.5, 0.5, 7.0]]
+    np.testing.assert_allclose(adjust(logits, parameters), expected)
+
+
+def test_a_bias_can_forbid_and_force():
+    logits = jnp.zeros((1, 50)).at[0, 3].set(9.0)
+    ids = [[3, 8] + [0] * 298]
+    forced = state(50, bias_ids=ids, bias_values=[[-100.0, 100.0] + [0.0] * 298])
+    assert sample(logits, forced, jnp.zeros(1, jnp.int32)).tolist() == [8]
+
+
+def test_logprobs_are_those_of_log_softmax():
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((2, 300)).astype(np.float32) * 5
+    wide = logits.astype(np.float64)
+    expected = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    found = logprobs(jnp.asarray(logits), jnp.asarray([7, 9]), 4)
+    # A float32 sum of 300 terms.
+    np.testing.assert_allclose(found.chosen, expected[[0, 1], [7, 9]], atol=1e-5)
+    np.testing.assert_allclose(found.top, -np.sort(-expected)[:, :4], atol=1e-5)
+    np.testing.assert_array_equal(found.top_ids, np.argsort(-expected)[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1), ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5),
+        ("top_k", -1), ("top_k", 1.5), ("min_p", 2), ("max_tokens", 0), ("max_tokens", True), ("seed", "x"),
+        ("logprobs", 21), ("stop", [""]), ("stop", 3), ("stop_token_ids", ["a"]), ("stop_token_ids", range(17)),
+        ("logit_bias", {"a": 1}), ("logit_bias", {1: float("inf")}), ("logit_bias", [1]),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)), ("repetition_penalty", 0), ("presence_penalty", 1e9),
+    ],
+)  # fmt: skip
+def test_a_parameter_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_an_unknown_keyword_is_refused_with_the_known_ones():
+    with pytest.raises(RequestError, match=r"'heat'.*temperature"):
+        sampling_from_keywords(None, {"heat": 1})
+    merged = sampling_from_keywords(SamplingParams(top_k=3), {"seed": 1})
+    assert dataclasses.astuple(merged)[:3] == (0.0, 3, 1.0)
+    assert merged.seed == 1
