@@ -1,0 +1,1 @@
+"""Quantized representations of weights: schemes that say how codes become numbers."""
