@@ -56,6 +56,9 @@ class Runner:
         self._params = params
         # The head alone: `admit` should not be handed 300 arrays that it does not read.
         self._head = params.replace(layers=())
+        # On the device already, so that an ordinary admission does not send a row of the vocabulary.
+        self._no_token = jnp.zeros((1, config.vocab_size), jnp.bool_)
+        self._no_count = jnp.zeros((1, config.vocab_size), jnp.int32)
         self._stops = SamplingParams.MAX_STOP_TOKEN_IDS + max(len(config.eos_token_ids), 1)
         self._compiled: set[str] = set()
         self._slots: dict[int, SlotState] = {}
@@ -197,11 +200,12 @@ class Runner:
         return table
 
     def _describe(self, sequence: engine_request.Sequence) -> SlotState:
-        """The sequence as a `SlotState` of one slot, in NumPy."""
+        """The sequence as a `SlotState` of one slot, in NumPy but for what is on the device already."""
         sampling = sequence.sampling
         vocab = self.config.vocab_size
-        in_prompt = np.zeros((1, vocab), np.bool_)
+        in_prompt: np.ndarray | jax.Array = self._no_token
         if sampling.repetition_penalty != 1:
+            in_prompt = np.zeros((1, vocab), np.bool_)
             in_prompt[0, list(sequence.prompt)] = True
         biases = SamplingParams.MAX_LOGIT_BIAS
 
@@ -229,7 +233,7 @@ class Runner:
                 bias_ids=_padded(list(sampling.logit_bias), biases)[None],
                 bias_values=_padded(list(sampling.logit_bias.values()), biases, dtype=np.float32)[None],
                 in_prompt=in_prompt,
-                output_counts=np.zeros((1, vocab), np.int32),
+                output_counts=self._no_count,
             ),
         )
 

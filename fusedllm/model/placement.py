@@ -13,7 +13,10 @@ Result = TypeVar("Result")
 
 
 class Site(NamedTuple):
-    """A place in the model, such as `Site("qkv", 3)`; `layer` is `None` outside the stack."""
+    """A place in the model, such as `Site("qkv", 3)`.
+
+    `layer` is `None` outside the stack, and for a policy that does not ask for it (`Placement.layer_key`).
+    """
 
     name: str
     layer: int | None = None
@@ -22,6 +25,10 @@ class Site(NamedTuple):
 @runtime_checkable
 class Placement(Protocol):
     """A policy over one and the same layer. An instance is hashable: it is part of a program's key."""
+
+    def layer_key(self, index: int) -> int | None:
+        """What of a layer's place the policy needs to know; with `None` for all, one trace serves every layer."""
+        ...
 
     def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """`x @ w.T` for each of `weights` (`[out, in]`), in one crossing; may run on an untrusted device."""

@@ -42,10 +42,22 @@ def forward(
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     x = placement.protected(Site("embedding"), lambda table, ids: embed(table, ids, dtype), params.embedding, tokens)
     angles = placement.protected(Site("rope"), lambda at: cos_sin(config.rope, config.head_dim, at), positions)
+    # Traced once for all layers that share a window and a key, not once a layer; XLA inlines the calls.
+    run_layer = jax.jit(decoder_layer, static_argnames=("config", "placement", "window", "key"))
     keys, values = [], []
     for index, layer in enumerate(params.layers):
-        pages = (cache.k[index], cache.v[index])
-        x, (k_pages, v_pages) = decoder_layer(config, placement, index, layer, x, pages, angles, start, page_table)
+        x, (k_pages, v_pages) = run_layer(
+            config,
+            placement,
+            layer,
+            x,
+            (cache.k[index], cache.v[index]),
+            angles,
+            start,
+            page_table,
+            window=config.sliding_windows[index],
+            key=placement.layer_key(index),
+        )
         keys.append(k_pages)
         values.append(v_pages)
     x = placement.protected(
@@ -57,15 +69,19 @@ def forward(
 def decoder_layer(
     config: ModelConfig,
     placement: Placement,
-    index: int,
     layer: LayerParams,
     x: Float[Array, "batch seq hidden"],
     pages: tuple[jax.Array, jax.Array],
     angles: tuple[jax.Array, jax.Array],
     start: Int[Array, " batch"],
     page_table: Int[Array, "batch table"],
+    *,
+    window: int | None,
+    key: int | None,
 ) -> tuple[Float[Array, "batch seq hidden"], tuple[jax.Array, jax.Array]]:
     """One pre-norm decoder layer (LLaMA, arXiv:2302.13971): attention and SwiGLU, each added to the residual.
+
+    `window` is the layer's sliding window, `key` what the placement wants to know of its place.
 
     Returns:
       The residual stream, and the layer's K and V pages with the new positions written.
@@ -83,7 +99,7 @@ def decoder_layer(
         k = rotate(heads(k, layer.k_bias, layer.k_norm), *angles)
         k_pages = write_pages(pages[0], k, page_table, start)
         v_pages = write_pages(pages[1], heads(v, layer.v_bias, None), page_table, start)
-        mixed = paged_attention(q, k_pages, v_pages, page_table, start, window=config.sliding_windows[index])
+        mixed = paged_attention(q, k_pages, v_pages, page_table, start, window=window)
         return mixed.reshape(*mixed.shape[:2], -1), (k_pages, v_pages)
 
     def after_attention(x: jax.Array, o: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array]:
@@ -93,18 +109,16 @@ def decoder_layer(
     def activate(gate: jax.Array, up: jax.Array, layer: LayerParams) -> jax.Array:
         return jax.nn.silu(_biased(gate, layer.gate_bias)) * _biased(up, layer.up_bias)
 
-    normed = placement.protected(
-        Site("attention_norm", index), lambda x, w: rms_norm(x, w, eps), x, layer.attention_norm
-    )
-    q, k, v = placement.linear(Site("qkv", index), normed, (layer.q, layer.k, layer.v))
-    mixed, pages = placement.protected(Site("attention", index), attend, q, k, v, pages, layer)
-    (o,) = placement.linear(Site("o", index), mixed, (layer.o,))
-    x, normed = placement.protected(Site("mlp_norm", index), after_attention, x, o, layer)
-    gate, up = placement.linear(Site("gate_up", index), normed, (layer.gate, layer.up))
-    active = placement.protected(Site("activation", index), activate, gate, up, layer)
-    (down,) = placement.linear(Site("down", index), active, (layer.down,))
+    normed = placement.protected(Site("attention_norm", key), lambda x, w: rms_norm(x, w, eps), x, layer.attention_norm)
+    q, k, v = placement.linear(Site("qkv", key), normed, (layer.q, layer.k, layer.v))
+    mixed, pages = placement.protected(Site("attention", key), attend, q, k, v, pages, layer)
+    (o,) = placement.linear(Site("o", key), mixed, (layer.o,))
+    x, normed = placement.protected(Site("mlp_norm", key), after_attention, x, o, layer)
+    gate, up = placement.linear(Site("gate_up", key), normed, (layer.gate, layer.up))
+    active = placement.protected(Site("activation", key), activate, gate, up, layer)
+    (down,) = placement.linear(Site("down", key), active, (layer.down,))
     x = placement.protected(
-        Site("residual", index), lambda x, down, layer: x + _biased(down, layer.down_bias), x, down, layer
+        Site("residual", key), lambda x, down, layer: x + _biased(down, layer.down_bias), x, down, layer
     )
     return x, pages
 

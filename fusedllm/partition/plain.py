@@ -24,6 +24,10 @@ class Plain:
 
     implementation: str | None = None
 
+    def layer_key(self, index: int) -> int | None:
+        """Nothing: every layer is treated alike."""
+        return None
+
     def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Traced where it is called."""
         with jax.named_scope(site.name):
