@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,7 +16,9 @@ def use_compilation_cache(directory: Path | None = None) -> None:
 
     An unusable directory is passed over: programs are then compiled in each process.
     """
-    if jax.config.jax_compilation_cache_dir:
+    # Its attributes are made at run time, so a type checker knows none of them.
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir:
         return
     if directory is None:
         from fusedllm.weights.registry import cache_directory
@@ -25,6 +28,6 @@ def use_compilation_cache(directory: Path | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    config.update("jax_compilation_cache_dir", str(directory))
+    config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+    config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +294,7 @@ class Stream:
             timings=self.sequence.timings,
         )
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         for _, chunk in self._engine.run([self.sequence]):
             piece = self.push(chunk)
             if piece:

@@ -7,6 +7,7 @@ import os
 # The tests are about this package's code; XLA's own log lines would hide them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -23,6 +24,10 @@ with install_import_hook(CHECKED, "beartype.beartype"):
 from fusedllm.config import ModelConfig
 from fusedllm.engine.config import EngineConfig
 from fusedllm.llm import LLM
+
+# A first example pays for a compilation; and other work on the machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 TINY = ModelConfig(
     family="llama",

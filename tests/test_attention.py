@@ -51,7 +51,7 @@ def paged(rng, starts, seq, kv_heads, head_dim, page_size, table_entries):
     return k, v, table, contexts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     starts=st.lists(st.integers(0, 60), min_size=1, max_size=3),
     seq=st.sampled_from([1, 3, 8, 33]),

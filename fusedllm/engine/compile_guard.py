@@ -51,7 +51,9 @@ def _register() -> None:
             _registered = True
 
 
-def _on_event(event: str, duration: float, **details: object) -> None:
+def _on_event(event: str, duration_secs: float, **details: str | int) -> None:
     if event == COMPILE_EVENT and compile_is_forbidden():
         name = details.get("fun_name", "a function outside the declared programs")
-        raise CompileForbiddenError(f"{name} was compiled ({duration:.2f} s) after warm-up, where nothing may compile.")
+        raise CompileForbiddenError(
+            f"{name} was compiled ({duration_secs:.2f} s) after warm-up, where nothing may compile."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from fusedllm.errors import RequestError
@@ -84,20 +85,21 @@ def split_into_chunks(length: int, buckets: tuple[int, ...]) -> list[tuple[int, 
     largest = buckets[-1]
     chunks = [(largest, largest)] * ((length - 1) // largest)
     remaining = length - largest * len(chunks)
-    return chunks + _cheapest(remaining, buckets)
+    return [*chunks, *_cheapest(remaining, buckets)]
 
 
-def _cheapest(length: int, buckets: tuple[int, ...]) -> list[tuple[int, int]]:
+@functools.lru_cache(maxsize=4096)
+def _cheapest(length: int, buckets: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Descending full buckets and then a padded one, of the least cost in computed tokens."""
     padded = next(bucket for bucket in buckets if bucket >= length)
-    best = [(length, padded)]
+    best: tuple[tuple[int, int], ...] = ((length, padded),)
     for bucket in buckets:
         if bucket < length:
-            split = [(bucket, bucket), *_cheapest(length - bucket, buckets[: buckets.index(padded) + 1])]
+            split = ((bucket, bucket), *_cheapest(length - bucket, buckets))
             if _cost(split) < _cost(best):
                 best = split
     return best
 
 
-def _cost(chunks: list[tuple[int, int]]) -> int:
+def _cost(chunks: tuple[tuple[int, int], ...]) -> int:
     return sum(bucket + LAUNCH_TOKENS for _, bucket in chunks)

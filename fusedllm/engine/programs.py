@@ -5,7 +5,7 @@ They are pure functions of device state; `runner.py` compiles and launches them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.struct
 import jax
@@ -126,7 +126,7 @@ class Programs:
     ) -> tuple[KVCache, SlotState, StepOutputs]:
         """Makes up to `steps` (at most `most`) tokens in each active slot; slots not in `keep` are retired first."""
         batch = keep.shape[0]
-        slots = slots.replace(active=slots.active & keep)
+        slots = replace(slots, active=slots.active & keep)
         outputs = StepOutputs(
             tokens=jnp.full((most, batch), NO_TOKEN, jnp.int32),
             logprobs=jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), self._no_logprobs(batch)),
@@ -178,12 +178,13 @@ class Programs:
         stopped = jnp.any(slots.stop_ids == token[:, None], axis=-1) | (generated >= slots.budget)
         rows = jnp.arange(token.shape[0])
         counts = slots.sampling.output_counts.at[rows, token].add(active.astype(jnp.int32))
-        return slots.replace(
+        return replace(
+            slots,
             token=jnp.where(active, token, slots.token),
             position=slots.position + active,
             generated=generated,
             active=active & ~stopped,
-            sampling=slots.sampling.replace(output_counts=counts),
+            sampling=replace(slots.sampling, output_counts=counts),
         )
 
     def _no_logprobs(self, batch: int) -> Logprobs:

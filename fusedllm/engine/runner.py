@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ class Runner:
         self.traffic = Traffic()
         self._params = params
         # The head alone: `admit` should not be handed 300 arrays that it does not read.
-        self._head = params.replace(layers=())
+        self._head = replace(params, layers=())
         # On the device already, so that an ordinary admission does not send a row of the vocabulary.
         self._no_token = jnp.zeros((1, config.vocab_size), jnp.bool_)
         self._no_count = jnp.zeros((1, config.vocab_size), jnp.int32)
@@ -212,33 +212,35 @@ class Runner:
         def one(value: float, dtype: type) -> np.ndarray:
             return np.asarray([value], dtype)
 
-        return SlotState(  # type: ignore[arg-type]
-            token=one(0, np.int32),
-            position=one(len(sequence.prompt) - 1, np.int32),
-            generated=one(0, np.int32),
-            budget=one(sequence.budget, np.int32),
-            active=one(True, np.bool_),
-            wants_logprobs=one(sampling.logprobs is not None, np.bool_),
-            stop_ids=_padded(sorted(sequence.stop_ids), self._stops, NO_TOKEN)[None],
-            page_table=self._table(sequence.pages),
-            sampling=SamplingState(  # type: ignore[arg-type]
-                temperature=one(sampling.temperature, np.float32),
-                top_k=one(sampling.top_k, np.int32),
-                top_p=one(sampling.top_p, np.float32),
-                min_p=one(sampling.min_p, np.float32),
-                repetition_penalty=one(sampling.repetition_penalty, np.float32),
-                presence_penalty=one(sampling.presence_penalty, np.float32),
-                frequency_penalty=one(sampling.frequency_penalty, np.float32),
-                key=np.asarray([[sequence.seed >> 32, sequence.seed & 0xFFFFFFFF]], np.uint32),
-                bias_ids=_padded(list(sampling.logit_bias), biases)[None],
-                bias_values=_padded(list(sampling.logit_bias.values()), biases, dtype=np.float32)[None],
-                in_prompt=in_prompt,
-                output_counts=self._no_count,
-            ),
-        )
+        # NumPy arrays where the program will see jax's, which a type checker can't be told.
+        sampling_fields: dict[str, Any] = {
+            "temperature": one(sampling.temperature, np.float32),
+            "top_k": one(sampling.top_k, np.int32),
+            "top_p": one(sampling.top_p, np.float32),
+            "min_p": one(sampling.min_p, np.float32),
+            "repetition_penalty": one(sampling.repetition_penalty, np.float32),
+            "presence_penalty": one(sampling.presence_penalty, np.float32),
+            "frequency_penalty": one(sampling.frequency_penalty, np.float32),
+            "key": np.asarray([[sequence.seed >> 32, sequence.seed & 0xFFFFFFFF]], np.uint32),
+            "bias_ids": _padded(list(sampling.logit_bias), biases)[None],
+            "bias_values": _padded(list(sampling.logit_bias.values()), biases, dtype=np.float32)[None],
+            "in_prompt": in_prompt,
+            "output_counts": self._no_count,
+        }
+        fields: dict[str, Any] = {
+            "token": one(0, np.int32),
+            "position": one(len(sequence.prompt) - 1, np.int32),
+            "generated": one(0, np.int32),
+            "budget": one(sequence.budget, np.int32),
+            "active": one(True, np.bool_),
+            "wants_logprobs": one(sampling.logprobs is not None, np.bool_),
+            "stop_ids": _padded(sorted(sequence.stop_ids), self._stops, NO_TOKEN)[None],
+            "page_table": self._table(sequence.pages),
+        }
+        return SlotState(**fields, sampling=SamplingState(**sampling_fields))
 
 
 def _padded(values: Sequence[float], length: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:
-    padded = np.full(length, fill, dtype)
+    padded: np.ndarray = np.full(length, fill, dtype)
     padded[: len(values)] = values
     return padded

@@ -51,8 +51,8 @@ def _attention_xla(
     batch, seq, heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
-    # At least two blocks: the read of an only block does not depend on the loop, and XLA then fuses it with the write of
-    # the newest position before it, for which it keeps a copy of the whole cache.
+    # At least two blocks: the read of an only block does not depend on the loop, and XLA then fuses it with the write
+    # of the newest position before it, for which it keeps a copy of the whole cache.
     pages_per_block = max(1, min(KEY_BLOCK // page_size, page_table.shape[1] // 2))
     padding = -page_table.shape[1] % pages_per_block
     table = jnp.pad(page_table, ((0, 0), (0, padding)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -18,6 +18,7 @@ from fusedllm.config import ModelConfig
 from fusedllm.qarray import QuantArray
 
 Weight = jax.Array | QuantArray
+Initializer = Literal["normal", "ones", "zeros"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class ParamSpec:
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    init: Literal["normal", "ones", "zeros"] = "normal"
+    init: Initializer = "normal"
 
 
 # flax.struct rather than nnx modules: the model is pure functions, what it needs of flax is a typed pytree.
@@ -74,19 +75,20 @@ def describe(config: ModelConfig) -> Params:
     vocab = ("vocab", config.vocab_size)
     head_dim = ("head_dim", config.head_dim)
 
-    def spec(name: str, *axes: tuple[str, int], init: Literal["normal", "ones", "zeros"] = "normal") -> ParamSpec:
+    def spec(name: str, *axes: tuple[str, int], init: Initializer = "normal") -> Any:
+        # Any: a description stands where an array will.
         return ParamSpec(name, tuple(size for _, size in axes), tuple(axis for axis, _ in axes), init)
 
     def layer(index: int) -> LayerParams:
         prefix = f"model.layers.{index}."
 
-        def bias(name: str, axis: tuple[str, int], present: bool) -> ParamSpec | None:
+        def bias(name: str, axis: tuple[str, int], present: bool) -> Any:
             return spec(f"{prefix}{name}.bias", axis, init="zeros") if present else None
 
-        def norm(name: str, axis: tuple[str, int]) -> ParamSpec:
+        def norm(name: str, axis: tuple[str, int]) -> Any:
             return spec(f"{prefix}{name}.weight", axis, init="ones")
 
-        return LayerParams(  # type: ignore[arg-type]
+        return LayerParams(
             attention_norm=norm("input_layernorm", hidden),
             q=spec(f"{prefix}self_attn.q_proj.weight", heads_dim, hidden),
             k=spec(f"{prefix}self_attn.k_proj.weight", kv_dim, hidden),
@@ -107,11 +109,11 @@ def describe(config: ModelConfig) -> Params:
             k_norm=norm("self_attn.k_norm", head_dim) if config.qk_norm else None,
         )
 
-    return Params(  # type: ignore[arg-type]
+    return Params(
         embedding=spec("model.embed_tokens.weight", vocab, hidden),
         layers=tuple(layer(index) for index in range(config.num_layers)),
-        final_norm=spec("model.norm.weight", hidden, init="ones"),  # type: ignore[arg-type]
-        head=None if config.tie_embeddings else spec("lm_head.weight", vocab, hidden),  # type: ignore[arg-type]
+        final_norm=spec("model.norm.weight", hidden, init="ones"),
+        head=None if config.tie_embeddings else spec("lm_head.weight", vocab, hidden),
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -146,14 +147,14 @@ def _draw_from_row(scaled: jax.Array, state: SamplingState, uniform: jax.Array) 
     def reaches_k(threshold: jax.Array) -> jax.Array:
         return jnp.sum(ordered >= threshold[:, None], axis=-1) >= state.top_k
 
-    by_k = jnp.where(has_top_k, _bisect(reaches_k, jnp.any(has_top_k), scaled.shape[0]), jnp.iinfo(jnp.int32).min)
+    by_k = jnp.where(has_top_k, _bisect(reaches_k, jnp.any(has_top_k), scaled.shape[0]), np.iinfo(np.int32).min)
     mass = jnp.where(ordered >= by_k[:, None], mass, 0.0)
     goal = state.top_p * mass.sum(axis=-1)
 
     def reaches_p(threshold: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(ordered >= threshold[:, None], mass, 0.0), axis=-1) >= goal
 
-    by_p = jnp.where(has_top_p, _bisect(reaches_p, jnp.any(has_top_p), scaled.shape[0]), jnp.iinfo(jnp.int32).min)
+    by_p = jnp.where(has_top_p, _bisect(reaches_p, jnp.any(has_top_p), scaled.shape[0]), np.iinfo(np.int32).min)
     keep = (ordered >= by_p[:, None]) & (scaled >= highest + jnp.log(state.min_p)[:, None])
     return _inverse_cdf(jnp.where(keep, mass, 0.0), uniform)
 
@@ -169,7 +170,7 @@ def _bisect(reaches: Callable[[jax.Array], jax.Array], wanted: jax.Array, batch:
         accepted = reaches(middle)
         return jnp.where(accepted, middle, low), jnp.where(accepted, high, middle - 1)
 
-    smallest, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+    smallest, largest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     initial = (jnp.full(batch, smallest, jnp.int32), jnp.full(batch, largest, jnp.int32))
     return lax.fori_loop(0, jnp.where(wanted, FLOAT_BITS + 1, 0), halve, initial)[0]
 
