@@ -1,0 +1,1 @@
+"""References that other implementations computed, and the scripts that made them (see README.md)."""

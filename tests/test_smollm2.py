@@ -1,0 +1,73 @@
+"""A trained model end to end: SmolLM2-135M-Instruct says what HF transformers says with the same weights."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedllm
+
+STORED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "smollm2.json").read_text(encoding="utf-8"))
+CHATS: list[dict[str, Any]] = STORED["chats"]
+NEW_TOKENS = 48
+
+# float32 rounding moves this perplexity by 1e-6 of itself; another quantization of the weights moves it by percents.
+PERPLEXITY_TOLERANCE = 0.005
+
+
+def name(chat: dict[str, Any]) -> str:
+    return chat["messages"][-1]["content"][:24]
+
+
+def test_stored_continuations_hold_no_near_tie() -> None:
+    # Logits of two float32 implementations differ by about 1e-4 here, so a gap of 5e-3 decides a token for both.
+    assert min(chat["smallest_logit_gap"] for chat in CHATS) >= 5e-3
+    assert len(CHATS) >= 8
+    assert all(len(chat["continuation_ids"]) == NEW_TOKENS for chat in CHATS)
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=name)
+def test_chat_template_and_tokenizer_give_the_ids_of_llama_cpp(smollm2: fusedllm.LLM, chat: dict[str, Any]) -> None:
+    assert smollm2.render(chat["messages"]) == chat["prompt_ids"]
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=name)
+def test_greedy_continuation_equals_hf_token_for_token(smollm2: fusedllm.LLM, chat: dict[str, Any]) -> None:
+    (result,) = smollm2.generate([chat["prompt_ids"]], temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    assert list(result.token_ids) == chat["continuation_ids"]
+
+
+@pytest.mark.slow
+def test_greedy_continuations_in_a_batch_equal_hf_token_for_token(smollm2: fusedllm.LLM) -> None:
+    prompts = [chat["prompt_ids"] for chat in CHATS]
+    results = smollm2.generate(prompts, temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    assert [list(result.token_ids) for result in results] == [chat["continuation_ids"] for chat in CHATS]
+
+
+# The first ends by itself, the second at max_tokens, the third has a system message of its own.
+@pytest.mark.parametrize("chat", [CHATS[0], CHATS[1], CHATS[7]], ids=name)
+def test_chat_answers_with_text_reason_and_usage(smollm2: fusedllm.LLM, chat: dict[str, Any]) -> None:
+    result = smollm2.chat(chat["messages"], temperature=0, max_tokens=NEW_TOKENS)
+    ended = chat["tokens_before_eos"]
+    made = NEW_TOKENS if ended is None else ended + 1  # the end-of-sequence token is drawn and counted
+    assert result.text == chat["text"]
+    assert result.finish_reason == ("length" if ended is None else "stop")
+    assert list(result.token_ids) == chat["continuation_ids"][:made]
+    assert result.usage == fusedllm.Usage(prompt_tokens=len(chat["prompt_ids"]), completion_tokens=made)
+
+
+def test_chat_names_the_capital_of_france(smollm2: fusedllm.LLM) -> None:
+    assert "Paris" in smollm2.chat(CHATS[0]["messages"], max_tokens=NEW_TOKENS).text
+
+
+@pytest.mark.slow
+def test_perplexity_equals_hf(smollm2: fusedllm.LLM) -> None:
+    stored = STORED["perplexity"]
+    assert hashlib.sha256(np.asarray(stored["ids"], "<i4").tobytes()).hexdigest() == stored["sha256"]
+    assert stored["value"] == pytest.approx(16.32, rel=PERPLEXITY_TOLERANCE)
+    found = smollm2.perplexity(stored["ids"], window=stored["window"])
+    assert found == pytest.approx(stored["value"], rel=PERPLEXITY_TOLERANCE)
+    assert found == pytest.approx(16.32, rel=PERPLEXITY_TOLERANCE)
