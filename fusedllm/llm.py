@@ -229,7 +229,10 @@ class LLM:
 
 
 class Stream:
-    """The pieces of one answer, as an iterator of texts; `close` cancels what has not been made yet."""
+    """The pieces of one answer, as an iterator of texts; `close` cancels what has not been made yet.
+
+    Without a tokenizer the pieces are empty, one for each launch, and `token_ids` grows.
+    """
 
     def __init__(self, engine: Engine, sequence: EngineSequence, tokenizer: Tokenizer | None) -> None:
         self.sequence = sequence
@@ -297,7 +300,7 @@ class Stream:
     def _run(self) -> Generator[str, None, None]:
         for _, chunk in self._engine.run([self.sequence]):
             piece = self.push(chunk)
-            if piece:
+            if piece or self._text is None:
                 yield piece
 
 
