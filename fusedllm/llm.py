@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusedllm.compilation_cache import use_compilation_cache
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
 from fusedllm.engine.engine import Engine
@@ -41,6 +42,7 @@ def load(
     keep_quantized: bool = False,
     random_weights: bool = False,
     seed: int = 0,
+    keep_programs: bool = True,
     progress: bool = False,
 ) -> LLM:
     """Loads a model.
@@ -53,6 +55,8 @@ def load(
       keep_quantized: leave quantized matrices as they are in the file, and decode them inside the program.
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.
+      keep_programs: keep compiled programs on disk for the next process, in this package's cache directory, unless jax
+        has been told another (`jax_compilation_cache_dir`).
       progress: show a progress bar on standard error.
 
     Raises:
@@ -63,6 +67,8 @@ def load(
     from fusedllm.weights import open as opening
     from fusedllm.weights import random, registry
 
+    if keep_programs:
+        use_compilation_cache()
     compute = compute_dtype(dtype)
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None

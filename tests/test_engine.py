@@ -10,12 +10,13 @@ import pytest
 from conftest import TINY, TINY_ENGINE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import tiny
 
 from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import LAUNCH_TOKENS, EngineConfig, split_into_chunks
 from fusedllm.engine.pages import PagePool
 from fusedllm.errors import CompileForbiddenError, ContextLengthError, RequestError, TokenizerError
-from fusedllm.llm import LLM
+from fusedllm.llm import LLM, load
 from fusedllm.weights.random import random_params
 
 # Logits of a two-layer float32 model whose products sum 48 to 80 terms, in a range of about 10.
@@ -190,14 +191,24 @@ def test_perplexity_is_that_of_the_logits(tiny_llm):
     assert tiny_llm.perplexity(tokens, window=32) == pytest.approx(np.exp(total / count), rel=1e-5)
 
 
-def test_nothing_compiles_after_warm_up(tiny_llm):
+@pytest.mark.parametrize("source", ["random weights", "a file"])
+def test_nothing_compiles_after_warm_up(tmp_path, source):
+    # Arrays that a loader has put on a device are bound to it, others are not; programs tell the two apart.
+    if source == "a file":
+        llm = load(tiny.write("llama3", tmp_path / "model"), engine=TINY_ENGINE)
+    else:
+        llm = LLM(TINY, random_params(TINY, "float32", seed=1), engine=TINY_ENGINE)
     rng = np.random.default_rng(9)
-    tiny_llm.warm_up()
+    llm.warm_up()
     with forbid_compile():
         for _ in range(50):
-            prompts = [ids(int(rng.integers(1, 100)), int(rng.integers(99))) for _ in range(rng.integers(1, 10))]
-            temperature = float(rng.integers(0, 2))
-            tiny_llm.generate(prompts, max_tokens=int(rng.integers(1, 12)), temperature=temperature, logprobs=2)
+            lengths = rng.integers(1, 100, rng.integers(1, 10))
+            prompts = [rng.integers(3, llm.config.vocab_size, length).tolist() for length in lengths]
+            penalty, temperature = float(rng.integers(1, 3)), float(rng.integers(0, 2))
+            llm.generate(
+                prompts, max_tokens=int(rng.integers(1, 12)), temperature=temperature, repetition_penalty=penalty,
+                top_p=0.9, logprobs=2,
+            )  # fmt: skip
 
 
 def test_a_compilation_after_warm_up_is_an_error_with_its_shape(tiny_llm):

@@ -26,11 +26,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> LLM:
-    """The model that the options name, with programs kept in the persistent compilation cache."""
-    from fusedllm.compilation_cache import use_compilation_cache
+    """The model that the options name."""
     from fusedllm.llm import load
 
-    use_compilation_cache()
     return load(
         options.ckpt,
         dtype=options.dtype,

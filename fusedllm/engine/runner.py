@@ -53,12 +53,10 @@ class Runner:
         self.config = config
         self.engine = engine
         self.traffic = Traffic()
+        params = jax.device_put(params, params.final_norm.sharding)
         self._params = params
         # The head alone: `admit` should not be handed 300 arrays that it does not read.
         self._head = replace(params, layers=())
-        # On the device already, so that an ordinary admission does not send a row of the vocabulary.
-        self._no_token = jnp.zeros((1, config.vocab_size), jnp.bool_)
-        self._no_count = jnp.zeros((1, config.vocab_size), jnp.int32)
         self._stops = SamplingParams.MAX_STOP_TOKEN_IDS + max(len(config.eos_token_ids), 1)
         self._compiled: set[str] = set()
         self._slots: dict[int, SlotState] = {}
@@ -68,8 +66,20 @@ class Runner:
         self._score = jax.jit(programs.score, donate_argnums=1)
         self._admit = jax.jit(programs.admit, donate_argnums=1)
         self._decode = jax.jit(functools.partial(programs.decode, most=engine.decode_steps), donate_argnums=(1, 2))
+        # Where the parameters are, and bound to it: a program is compiled once for state that is bound to a place and
+        # once for state that is not, and what comes out of a launch is bound.
+        home = params.final_norm.sharding
         self._empty_cache = jax.jit(
-            functools.partial(empty_cache, config, engine.num_pages, engine.page_size, cache_dtype)
+            functools.partial(empty_cache, config, engine.num_pages, engine.page_size, cache_dtype), out_shardings=home
+        )
+        self._empty_slots = jax.jit(
+            lambda batch: empty_slots(config, batch, engine.table_entries, self._stops),
+            static_argnums=0,
+            out_shardings=home,
+        )
+        # On the device already, so that an ordinary admission does not send a row of the vocabulary.
+        self._no_token, self._no_count = (
+            jax.device_put(np.zeros((1, config.vocab_size), dtype), home) for dtype in (np.bool_, np.int32)
         )
         self._cache: KVCache = self._empty_cache()
 
@@ -191,7 +201,7 @@ class Runner:
 
     def _slots_of(self, batch: int) -> SlotState:
         if batch not in self._slots:
-            self._slots[batch] = empty_slots(self.config, batch, self.engine.table_entries, self._stops)
+            self._slots[batch] = self._empty_slots(batch)
         return self._slots[batch]
 
     def _table(self, pages: Sequence[int]) -> np.ndarray:
@@ -203,10 +213,12 @@ class Runner:
         """The sequence as a `SlotState` of one slot, in NumPy but for what is on the device already."""
         sampling = sequence.sampling
         vocab = self.config.vocab_size
-        in_prompt: np.ndarray | jax.Array = self._no_token
+        in_prompt = self._no_token
         if sampling.repetition_penalty != 1:
-            in_prompt = np.zeros((1, vocab), np.bool_)
-            in_prompt[0, list(sequence.prompt)] = True
+            seen = np.zeros((1, vocab), np.bool_)
+            seen[0, list(sequence.prompt)] = True
+            in_prompt = jax.device_put(seen, in_prompt.sharding)
+            self.traffic.bytes_to_device += seen.nbytes
         biases = SamplingParams.MAX_LOGIT_BIAS
 
         def one(value: float, dtype: type) -> np.ndarray:
