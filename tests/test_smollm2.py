@@ -71,3 +71,12 @@ def test_perplexity_equals_hf(smollm2: fusedllm.LLM) -> None:
     found = smollm2.perplexity(stored["ids"], window=stored["window"])
     assert found == pytest.approx(stored["value"], rel=PERPLEXITY_TOLERANCE)
     assert found == pytest.approx(16.32, rel=PERPLEXITY_TOLERANCE)
+
+
+def test_quantized_matrices_give_the_logits_of_the_dequantized_ones(smollm2: fusedllm.LLM) -> None:
+    quantized = fusedllm.load("smollm2-135m", dtype="float32", keep_quantized=True)
+    assert quantized.load_report is not None
+    assert quantized.load_report.bytes < smollm2.load_report.bytes / 5
+    ids = CHATS[0]["prompt_ids"][:16]
+    # The same float32 values enter the same products, whether they are decoded at load or in the program.
+    np.testing.assert_allclose(quantized.logits(ids), smollm2.logits(ids), atol=1e-3)
