@@ -1,0 +1,103 @@
+"""From one checkpoint format to another: one tensor at a time, and the target is whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fusedllm.errors import CheckpointError
+from fusedllm.weights.arrow import DTYPES
+from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
+from fusedllm.weights.files import write_atomically
+from fusedllm.weights.open import open_checkpoint
+
+# Format -> suffixes that ask for it. The name is also the module of this package whose `write` is called.
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "arrow": (".arrow", ".ipc", ".feather"),
+    "orbax": (".orbax",),
+    "safetensors": (".safetensors", ".hf"),
+}
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def convert(
+    src: str | Path | Checkpoint,
+    dst: str | Path,
+    *,
+    format: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Writes the checkpoint at `src` to `dst` as `format`, and returns `dst`. Quantized tensors are dequantized.
+
+    Arrow is one file; Orbax and safetensors (a HF directory) are directories. `format=None` goes by the suffix of
+    `dst`. `dtype` casts every tensor. `dst` appears when all of it is on the disk; on an error, a full disk or Ctrl-C
+    nothing of it is left, and an older `dst` stays as it was.
+
+    Raises:
+      CheckpointError: `dst` exists and `force` is off, the format or dtype is unknown, `src` can't be read or `dst`
+        can't be written.
+    """
+    target = Path(dst).expanduser()
+    write = _writer(target, format)
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"{dtype!r} is not a dtype to convert to; known are: {', '.join(FLOATS)}.")
+    # Before the source is opened, so that a wrong target costs nothing.
+    with write_atomically(target, force=force) as temporary:
+        checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(Path(src))
+        if dtype is not None:
+            checkpoint = cast(checkpoint, DTYPES[dtype])
+        with _shown(checkpoint, f"writing {target.name}", progress) as shown:
+            write(shown, temporary)
+    return target
+
+
+def cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
+    """`checkpoint` with every tensor read as `dtype`, and none of them quantized any more."""
+
+    def one(tensor: LazyTensor) -> LazyTensor:
+        if tensor.dtype == dtype and tensor.quantization is None:
+            return tensor
+        return dataclasses.replace(
+            tensor,
+            dtype=dtype,
+            nbytes=math.prod(tensor.shape) * dtype.itemsize,
+            read=lambda: tensor.read().astype(dtype, copy=False),
+            quantization=None,
+            read_quantized=None,
+        )
+
+    return dataclasses.replace(checkpoint, tensors={name: one(tensor) for name, tensor in checkpoint.tensors.items()})
+
+
+@contextmanager
+def _shown(checkpoint: Checkpoint, title: str, progress: bool) -> Iterator[Checkpoint]:
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not progress) as bar:
+
+        def one(tensor: LazyTensor) -> LazyTensor:
+            def read() -> np.ndarray:
+                values = tensor.read()
+                bar.update(tensor.nbytes)
+                return values
+
+            return dataclasses.replace(tensor, read=read)
+
+        yield dataclasses.replace(checkpoint, tensors={name: one(t) for name, t in checkpoint.tensors.items()})
+
+
+def _writer(target: Path, format: str | None) -> Callable[[Checkpoint, Path], None]:
+    name = format or next((name for name, suffixes in SUFFIXES.items() if target.suffix in suffixes), None)
+    if name not in SUFFIXES:
+        asked = f"the format {format!r} is unknown" if format else f"the suffix of {target} names no format"
+        raise CheckpointError(f"{asked}; say --format {' or '.join(SUFFIXES)}.")
+    write: Callable[[Checkpoint, Path], None] = importlib.import_module(f"fusedllm.weights.{name}").write
+    return write

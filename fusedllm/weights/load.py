@@ -1,0 +1,194 @@
+"""From a `Checkpoint` to parameters on a device, without a copy wherever the bytes can be used as they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from fusedllm.config import ModelConfig
+from fusedllm.errors import CheckpointError
+from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
+from fusedllm.qarray import QuantArray
+from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
+
+# What XLA's CPU client asks of host memory that it uses as a device buffer.
+ALIGNMENT = 64
+# NumPy lets go of the interpreter while it casts and copies; two threads reach the memory's limit on small machines.
+THREADS = 2
+
+# Tensors that some exporters write and that are not parameters: they are computed from the configuration.
+_BUFFERS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading took: counts of tensors, bytes on the device, and the bytes that had to be copied, by reason."""
+
+    tensors: int
+    bytes: int
+    bytes_copied: int
+    copies: Mapping[str, int]
+    seconds: float
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes on the device over the time that loading took, in 1e9 bytes a second."""
+        return self.bytes / 1e9 / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.tensors} tensors, {self.bytes / 1e9:.3f} GB in {self.seconds:.3f} s "
+            f"({self.gigabytes_per_second:.1f} GB/s), {self.bytes_copied:,} bytes copied"
+        )
+        reasons = [f"{reason}: {count:,}" for reason, count in sorted(self.copies.items())]
+        return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike | None = None,
+    keep_quantized: bool = False,
+    device: jax.Device | None = None,
+    progress: bool = False,
+) -> tuple[Params, LoadReport]:
+    """The parameters of `checkpoint` on `device`, and a report of what was copied to get them there.
+
+    On the CPU, read-only memory on a 64-byte boundary becomes an array as it lies (the array keeps the map alive);
+    all else is copied once, straight to where it stays. `dtype=None` keeps the file's. With `keep_quantized` a matrix
+    that is quantized in the file becomes a `QuantArray` with the file's blocks, whatever `dtype` says.
+
+    Raises:
+      CheckpointError: a tensor that the configuration asks for is missing or has another shape, the file has one that
+        the configuration doesn't know, or a tensor can't be read.
+    """
+    started = time.perf_counter()
+    wanted = specs(checkpoint.config)
+    check_tensors(checkpoint, wanted)
+    loader = _Loader(
+        dtype=None if dtype is None else np.dtype(dtype),
+        keep_quantized=keep_quantized,
+        device=device or jax.devices()[0],
+    )
+    total = sum(checkpoint.tensors[name].nbytes for name in wanted)
+    arrays: dict[str, Any] = {}
+    with (
+        tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=not progress) as bar,
+        ThreadPoolExecutor(THREADS, thread_name_prefix="fusedllm-load") as pool,
+    ):
+        futures = {name: pool.submit(loader.load, checkpoint.tensors[name]) for name in wanted}
+        try:
+            for name, future in futures.items():
+                arrays[name] = future.result()
+                bar.update(checkpoint.tensors[name].nbytes)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    params = map_specs(lambda spec: arrays[spec.name], describe(checkpoint.config))
+    report = LoadReport(
+        tensors=len(arrays),
+        bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        bytes_copied=sum(loader.copies.values()),
+        copies=dict(loader.copies),
+        seconds=time.perf_counter() - started,
+    )
+    return params, report
+
+
+def check_tensors(checkpoint: Checkpoint, wanted: Mapping[str, ParamSpec]) -> None:
+    """Compares the tensors of `checkpoint` with those that its configuration asks for; reads none of them.
+
+    Raises:
+      CheckpointError: the first one that is missing, has another shape or a dtype that is no float, or is unknown.
+    """
+    where = checkpoint.path
+    for name, spec in wanted.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{where} has no tensor {name!r}; the model needs one of shape {list(spec.shape)}.")
+        if tensor.shape != spec.shape:
+            raise CheckpointError(
+                f"{where}: {name!r} has the shape {list(tensor.shape)}, and its configuration asks for "
+                f"{list(spec.shape)}."
+            )
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise CheckpointError(f"{where}: {name!r} is {tensor.dtype}; weights must be floating-point numbers.")
+    for name in checkpoint.tensors:
+        if name not in wanted and not _can_be_ignored(name, checkpoint.config):
+            raise CheckpointError(f"{where} has the tensor {name!r}, which its configuration has no place for.")
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array that begins on a 64-byte boundary, which `jax.device_put` on the CPU need not copy."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _can_be_ignored(name: str, config: ModelConfig) -> bool:
+    return bool(_BUFFERS.search(name)) or (config.tie_embeddings and name == _TIED_HEAD)
+
+
+@dataclass
+class _Loader:
+    dtype: np.dtype | None
+    keep_quantized: bool
+    device: jax.Device
+    copies: dict[str, int] = dataclasses.field(default_factory=dict)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def load(self, tensor: LazyTensor) -> jax.Array | QuantArray:
+        if self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2:
+            blocks = tensor.read_quantized()
+            placed: QuantArray = jax.tree.map(lambda leaf: self._put(np.asarray(leaf), leaf.dtype), blocks)
+            return placed
+        values = tensor.read()
+        if values.shape != tensor.shape:
+            raise CheckpointError(f"{tensor.name!r} was read as {list(values.shape)} and not as {list(tensor.shape)}.")
+        reason = f"dequantized from {tensor.quantization}" if tensor.quantization else None
+        return self._put(values, values.dtype if self.dtype is None else self.dtype, reason)
+
+    def _put(self, values: np.ndarray, dtype: np.dtype, reason: str | None = None) -> jax.Array:
+        if values.dtype != dtype:
+            reason = reason or f"cast from {values.dtype} to {dtype}"
+        if self.device.platform != "cpu":
+            # The transfer is asynchronous and holds the host's copy: waiting bounds how many of them are alive.
+            array: jax.Array = jax.device_put(values.astype(dtype, copy=False), self.device)
+            array.block_until_ready()
+            self._count(reason or f"from the host to the {self.device.platform}", array.nbytes)
+            return array
+        # Writeable memory would be aliased too, and then whoever writes to it writes into the model.
+        if values.dtype != dtype or (values.flags.writeable and reason is None) or _is_unaligned(values):
+            reason = reason or ("not 64-byte aligned" if _is_unaligned(values) else "writeable memory")
+            copy = aligned_empty(values.shape, dtype)
+            np.copyto(copy, values, casting="unsafe")
+            values = copy
+        values.flags.writeable = False
+        array = jax.device_put(values, self.device)
+        if reason is None and array.unsafe_buffer_pointer() != values.ctypes.data:
+            reason = "copied by the runtime"
+        if reason is not None:
+            self._count(reason, array.nbytes)
+        return array
+
+    def _count(self, reason: str, nbytes: int) -> None:
+        with self.lock:
+            self.copies[reason] = self.copies.get(reason, 0) + nbytes
+
+
+def _is_unaligned(values: np.ndarray) -> bool:
+    return values.ctypes.data % ALIGNMENT != 0 or not values.flags.c_contiguous
