@@ -115,7 +115,8 @@ def measure(scale: Scale, repetitions: int) -> dict[str, Any]:
         prefill_buckets=(DECODE_CONTEXT, PREFILL_TOKENS),
         batch_buckets=BATCHES,
     )
-    llm = fusedllm.load(scale.ckpt, random_weights=True, dtype=scale.dtype, engine=engine)
+    # Programs are compiled anew: a measuring program should not depend on what a cache holds.
+    llm = fusedllm.load(scale.ckpt, random_weights=True, dtype=scale.dtype, engine=engine, keep_programs=False)
     llm.warm_up()
     model, itemsize = sizes(llm.config), jnp.dtype(scale.dtype).itemsize
     rows: list[dict[str, Any]] = []

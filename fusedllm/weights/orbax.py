@@ -49,8 +49,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     computed (dequantized, cast) are in memory together.
 
     Raises:
-      CheckpointError: `path` exists, Orbax can't write it, or a tensor's name is the beginning of another's. A full disk
-        comes as whatever TensorStore raises, with the system's words in it; `write_atomically` recognizes them.
+      CheckpointError: `path` exists, Orbax can't write it, or a tensor's name is the beginning of another's.
+        A full disk comes as what TensorStore raises, with the system's words, which `write_atomically` recognizes.
     """
     if os.path.lexists(path):
         raise CheckpointError(f"{path} exists already: choose another name.")
