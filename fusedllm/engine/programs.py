@@ -70,8 +70,8 @@ class Programs:
         last: Int[Array, ""],
     ) -> tuple[Float[Array, "1 hidden"], KVCache]:
         """Runs a chunk; the hidden state of its token `last` goes on to `admit`."""
-        hidden, cache = self._forward(params, cache, tokens, start, page_table)
-        return lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False), cache
+        hidden, cache = self._forward(params, cache, tokens, start, page_table, only=last)
+        return hidden[:, 0], cache
 
     def logits(
         self,
@@ -153,9 +153,17 @@ class Programs:
         return cache, slots, outputs
 
     def _forward(
-        self, params: Params, cache: KVCache, tokens: jax.Array, start: jax.Array, page_table: jax.Array
+        self,
+        params: Params,
+        cache: KVCache,
+        tokens: jax.Array,
+        start: jax.Array,
+        page_table: jax.Array,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        return forward(self.config, self.placement, params, cache, tokens, start, page_table, dtype=self.dtype)
+        return forward(
+            self.config, self.placement, params, cache, tokens, start, page_table, dtype=self.dtype, only=only
+        )
 
     def _draw(self, params: Params, slots: SlotState, hidden: jax.Array) -> tuple[jax.Array, Logprobs]:
         rows = vocabulary_logits(self.placement, params, hidden)

@@ -6,6 +6,7 @@ Every axis name that a shape annotation of this package uses, declared once:
 |---|---|
 | `batch` | requests that share one launch, each in its slot |
 | `seq` | consecutive tokens of one launch: the chunk in prefill, 1 in decode |
+| `selected` | of `seq`, the tokens whose hidden states are wanted |
 | `vocab` | rows of the embedding and of the head |
 | `hidden` | width of the residual stream |
 | `ffn` | width between gate/up and down |

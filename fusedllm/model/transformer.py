@@ -33,8 +33,12 @@ def forward(
     page_table: Int[Array, "batch table"],
     *,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "batch seq hidden"], KVCache]:
+    only: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "batch selected hidden"], KVCache]:
     """Runs `tokens` at positions `start, start + 1, ...` through the stack.
+
+    With `only` just that token of each row leaves the last layer's attention: of the others the cache keeps all that
+    later tokens will read.
 
     Returns:
       The normed hidden states, ready for `vocabulary_logits`, and the cache with the tokens' keys and values in it.
@@ -55,6 +59,7 @@ def forward(
             angles,
             start,
             page_table,
+            only if index == config.num_layers - 1 else None,
             window=config.sliding_windows[index],
             key=placement.layer_key(index),
         )
@@ -75,13 +80,15 @@ def decoder_layer(
     angles: tuple[jax.Array, jax.Array],
     start: Int[Array, " batch"],
     page_table: Int[Array, "batch table"],
+    only: Int[Array, ""] | None = None,
     *,
     window: int | None,
     key: int | None,
-) -> tuple[Float[Array, "batch seq hidden"], tuple[jax.Array, jax.Array]]:
+) -> tuple[Float[Array, "batch selected hidden"], tuple[jax.Array, jax.Array]]:
     """One pre-norm decoder layer (LLaMA, arXiv:2302.13971): attention and SwiGLU, each added to the residual.
 
-    `window` is the layer's sliding window, `key` what the placement wants to know of its place.
+    With `only` just that token goes on after the attention. `window` is the layer's sliding window, `key` what the
+    placement wants to know of its place.
 
     Returns:
       The residual stream, and the layer's K and V pages with the new positions written.
@@ -93,14 +100,17 @@ def decoder_layer(
         return split if norm is None else rms_norm(split, norm, eps)
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, jax.Array], layer: LayerParams
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, jax.Array], layer: LayerParams
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
         q = rotate(heads(q, layer.q_bias, layer.q_norm), *angles)
         k = rotate(heads(k, layer.k_bias, layer.k_norm), *angles)
         k_pages = write_pages(pages[0], k, page_table, start)
         v_pages = write_pages(pages[1], heads(v, layer.v_bias, None), page_table, start)
         mixed = paged_attention(q, k_pages, v_pages, page_table, start, window=window)
-        return mixed.reshape(*mixed.shape[:2], -1), (k_pages, v_pages)
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        if only is not None:
+            x, mixed = (jax.lax.dynamic_slice_in_dim(rows, only, 1, axis=1) for rows in (x, mixed))
+        return x, mixed, (k_pages, v_pages)
 
     def after_attention(x: jax.Array, o: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array]:
         x = x + _biased(o, layer.o_bias)
@@ -111,7 +121,7 @@ def decoder_layer(
 
     normed = placement.protected(Site("attention_norm", key), lambda x, w: rms_norm(x, w, eps), x, layer.attention_norm)
     q, k, v = placement.linear(Site("qkv", key), normed, (layer.q, layer.k, layer.v))
-    mixed, pages = placement.protected(Site("attention", key), attend, q, k, v, pages, layer)
+    x, mixed, pages = placement.protected(Site("attention", key), attend, x, q, k, v, pages, layer)
     (o,) = placement.linear(Site("o", key), mixed, (layer.o,))
     x, normed = placement.protected(Site("mlp_norm", key), after_attention, x, o, layer)
     gate, up = placement.linear(Site("gate_up", key), normed, (layer.gate, layer.up))
