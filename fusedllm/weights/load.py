@@ -86,7 +86,9 @@ def load_params(
     total = sum(checkpoint.tensors[name].nbytes for name in wanted)
     arrays: dict[str, Any] = {}
     with (
-        tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=not progress) as bar,
+        tqdm(
+            total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=None if progress else True
+        ) as bar,
         ThreadPoolExecutor(THREADS, thread_name_prefix="fusedllm-load") as pool,
     ):
         futures = {name: pool.submit(loader.load, checkpoint.tensors[name]) for name in wanted}
