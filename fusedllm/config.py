@@ -6,9 +6,10 @@ Nothing in this file imports jax: the command line reads it before any backend i
 from __future__ import annotations
 
 import dataclasses
-import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 
 from fusedllm.errors import ConfigError, RequestError
@@ -201,18 +202,21 @@ class SamplingParams:
 
     MAX_LOGPROBS = 20
     MAX_LOGIT_BIAS = 300
+    # Far beyond any difference of logits, and far from the end of float32.
+    MAX_BIAS = 1_000_000
     MAX_STOP_TOKEN_IDS = 16
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, kind in (("stop", str), ("stop_token_ids", int)):
+        for name, kind, wanted in (("stop", str, "texts"), ("stop_token_ids", Integral, "token ids")):
             value = getattr(self, name)
             _ask(
-                isinstance(value, Sequence) and all(isinstance(item, kind) for item in value),
+                isinstance(value, Sequence)
+                and all(isinstance(item, kind) and not isinstance(item, bool) for item in value),
                 name,
                 value,
-                f"a list of {kind.__name__}",
+                f"a list of {wanted}",
             )
             object.__setattr__(self, name, tuple(value))
         number = self._number
@@ -243,15 +247,16 @@ class SamplingParams:
             f"at most {self.MAX_LOGIT_BIAS}",
         )
         try:
-            bias = {int(token): float(value) for token, value in self.logit_bias.items()}
+            bias = {operator.index(token): float(value) for token, value in self.logit_bias.items()}
         except (TypeError, ValueError):
             raise RequestError(f"logit_bias must map token ids to numbers, got {dict(self.logit_bias)!r}.") from None
-        _ask(all(map(math.isfinite, bias.values())), "logit_bias", dict(bias), "finite numbers")
+        fits = all(abs(value) <= self.MAX_BIAS for value in bias.values())
+        _ask(fits, "logit_bias", bias, f"biases from -{self.MAX_BIAS} to {self.MAX_BIAS}")
         object.__setattr__(self, "logit_bias", bias)
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False, integer: bool = False) -> None:
         value = getattr(self, name)
-        fits = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+        fits = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
         fits = fits and (low < value if open_low else low <= value) and value <= high
         kind = "an integer" if integer else "a number"
         _ask(fits, name, value, f"{kind} {'above' if open_low else 'from'} {low} {'up ' if open_low else ''}to {high}")
@@ -267,6 +272,8 @@ def sampling_from_keywords(sampling: SamplingParams | None, keywords: Mapping[st
     unknown = sorted(set(keywords) - known)
     if unknown:
         raise RequestError(f"unknown sampling parameter {unknown[0]!r}; known are: {', '.join(sorted(known))}.")
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling must be a SamplingParams, got {sampling!r}; single parameters go by keyword.")
     return dataclasses.replace(sampling or SamplingParams(), **cast("dict[str, Any]", dict(keywords)))
 
 

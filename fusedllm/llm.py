@@ -19,7 +19,7 @@ from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.request import Sequence as EngineSequence
 from fusedllm.engine.results import Completion, Usage
 from fusedllm.engine.runner import Runner
-from fusedllm.errors import ConfigError, RequestError, TokenizerError
+from fusedllm.errors import ConfigError, ContextLengthError, RequestError, TokenizerError
 from fusedllm.model.params import Params
 from fusedllm.partition.plain import Plain
 from fusedllm.text.chat import ChatTemplate
@@ -73,10 +73,10 @@ def load(
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None
     if random_weights:
-        config = registry.architecture(str(ckpt))
+        config = registry.architecture(ckpt)
         params = random.random_params(config, np.dtype(compute), seed)
     else:
-        path = registry.resolve(str(ckpt), progress=progress)
+        path = registry.resolve(ckpt, progress=progress)
         checkpoint = opening.open_checkpoint(path)
         config = checkpoint.config
         params, report = loading.load_params(
@@ -95,8 +95,13 @@ def compute_dtype(name: str) -> Any:
     Raises:
       ConfigError: a name that is none of ours.
     """
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no device was found"
+        raise ConfigError(f"jax can't start the backend that JAX_PLATFORMS asks for: {reason}.") from error
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if backend == "cpu" else jnp.bfloat16
     if name not in DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}.")
     return DTYPES[name]
@@ -171,7 +176,7 @@ class LLM:
         `prompt` is a text, token ids, or a conversation as for `chat`. Raises as `generate` and `chat`, at once.
         """
         parameters = sampling_from_keywords(sampling, keywords)
-        conversation = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        conversation = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         ids = self.render(prompt) if conversation else self.encode(prompt)  # type: ignore[arg-type]
         return self._stream(ids, parameters)
 
@@ -182,7 +187,7 @@ class LLM:
           TokenizerError: a text, where the checkpoint has no tokenizer.
         """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _as_ids(prompt)
         return self._need_tokenizer().encode(prompt)
 
     def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
@@ -202,7 +207,7 @@ class LLM:
         Raises:
           RequestError, ContextLengthError: as `generate`.
         """
-        return self._engine.logits(token_ids, chunk)
+        return self._engine.logits(_as_ids(token_ids), chunk)
 
     def perplexity(self, token_ids: Sequence[int], window: int = 512) -> float:
         """`exp` of the mean negative log-likelihood over windows that do not overlap.
@@ -213,17 +218,22 @@ class LLM:
           RequestError: fewer than two tokens, or a window below two.
           ContextLengthError: a window that does not fit the context.
         """
+        token_ids = _as_ids(token_ids)
         if window < 2 or len(token_ids) < 2:
             raise RequestError(
                 f"a perplexity needs at least two tokens and a window of two, got {len(token_ids)} and {window}."
+            )
+        if window > self._engine.config.max_context:
+            raise ContextLengthError(
+                f"a window of {window} does not fit the context of {self._engine.config.max_context}."
             )
         parts = [token_ids[at : at + window] for at in range(0, len(token_ids), window)]
         scores = [self._engine.score(part) for part in parts if len(part) > 1]
         return math.exp(-float(np.concatenate(scores).astype(np.float64).mean()))
 
     def warm_up(self, **keywords: Any) -> None:
-        """Compiles every declared program, so that nothing compiles later. See `Runner.warm_up`."""
-        self._engine.runner.warm_up(**keywords)
+        """Compiles every program that answering needs, so that none compiles later. See `Engine.warm_up`."""
+        self._engine.warm_up(**keywords)
 
     def _stream(self, ids: list[int], parameters: SamplingParams) -> Stream:
         return Stream(self._engine, self._engine.prepare(ids, parameters), self.tokenizer)
@@ -313,6 +323,15 @@ class Stream:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, (Sequence, np.ndarray)) or isinstance(prompts, bytes):
+        raise RequestError(f"a prompt must be a text, a list of token ids, or a list of those, got {prompts!r}.")
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_ids(ids: Sequence[int]) -> list[int]:
+    if not isinstance(ids, (Sequence, np.ndarray)) or isinstance(ids, (str, bytes)):
+        raise RequestError(f"token ids must be a list of integers, got {ids!r}.")
+    # NumPy's integers and arrays are welcome; anything else is refused where its range is checked.
+    return [int(token) if isinstance(token, np.integer) else token for token in ids]

@@ -56,7 +56,14 @@ def test_generate_prints_only_the_answer_on_standard_output(capfd, checkpoint):
 
 
 def test_generate_streams_the_real_models_answer():
-    command = [sys.executable, "scripts/generate.py", "--prompt", "What is the capital of France?", "--max-tokens", "12"]
+    command = [
+        sys.executable,
+        "scripts/generate.py",
+        "--prompt",
+        "What is the capital of France?",
+        "--max-tokens",
+        "12",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "The capital of France is Paris.\n"
     assert "37 prompt tokens" in done.stderr
@@ -98,6 +105,13 @@ def test_convert_writes_what_generate_reads(capfd, checkpoint, tmp_path):
     target = tmp_path / "tiny.arrow"
     assert main(["convert", str(checkpoint), str(target)]) == 0
     fails_with(capfd, ["convert", str(checkpoint), str(target)], str(target), "--force")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("photos", "pipe"):
+        arguments = ["convert", str(checkpoint), str(tmp_path / name), "--format", "arrow", "--force"]
+        fails_with(capfd, arguments, name, "--force does not replace it")
+    assert (tmp_path / "photos" / "one.png").exists()
     arguments = ["--prompt", "abc", "--max-tokens", "5", "--max-context", "64"]
     assert main(["generate", "--ckpt", str(target), *arguments]) == 0
     from_arrow = capfd.readouterr().out
@@ -121,6 +135,7 @@ def test_models_lists_every_name(capfd):
         (["--temperature", "-1"], ["temperature", "-1"]),
         (["--max-tokens", "0"], ["max_tokens"]),
         (["--stop", ""], ["stop"]),
+        (["--prompt", "half a pair \udcff"], ["not UTF-8"]),
         (["--ckpt", "no-such-model", "--random-weights"], ["no-such-model"]),
     ],
 )
@@ -134,11 +149,35 @@ def test_a_context_that_is_too_short_names_both_numbers(capfd, checkpoint):
     fails_with(capfd, [*arguments, "--max-context", "1000"], "1000", "128")
 
 
+def test_a_system_message_without_a_template_is_refused(capfd, checkpoint):
+    arguments = ["generate", "--system", "Be brief."]
+    fails_with(capfd, [*arguments, "--ckpt", str(checkpoint), "--max-context", "64"], "--system", "chat template")
+
+
+def test_a_terminal_without_unicode_gets_the_answer_all_the_same():
+    command = [sys.executable, "-m", "fusedllm", "generate", "--prompt", "Repeat: 日本語 é 😀", "--max-tokens", "20"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.isascii()
+
+
+def test_a_backend_that_is_not_there_is_one_sentence(checkpoint):
+    command = [sys.executable, "-m", "fusedllm", "generate", "--ckpt", str(checkpoint)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "JAX_PLATFORMS" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_a_text_that_is_not_text_is_refused(capfd, tmp_path):
     path = tmp_path / "noise.bin"
     path.write_bytes(b"ok \xff\xfe")
     fails_with(capfd, ["perplexity", "--text", str(path)], "not UTF-8", "byte 3")
     fails_with(capfd, ["perplexity", "--text", str(tmp_path / "missing")], "missing")
+    path.write_text("text")
+    fails_with(capfd, ["perplexity", "--text", str(path), "--windows", "-1"], "--windows", "-1")
 
 
 def test_debug_brings_the_traceback_back(capfd):

@@ -47,6 +47,7 @@ def test_a_request_alone_equals_itself_in_a_batch(tiny_llm):
     prompts = [ids(length, seed=length) for length in (1, 15, 16, 17, 33, 40, 5)]
     parameters = {"temperature": 0.9, "top_p": 0.9, "max_tokens": 20, "ignore_eos": True, "seed": 11}
     together = tiny_llm.generate(prompts, **parameters)
+    assert tiny_llm.engine.slots == 8
     for index, prompt in enumerate(prompts):
         # Of the same bucket: seven requests decode in eight slots, and so do these.
         others = [ids(9, seed=100 + index)] * 6
@@ -67,6 +68,7 @@ def test_more_requests_than_slots_and_pages_all_get_their_answers(tiny_llm):
     prompts = [ids(3 + index, seed=index) for index in range(21)]
     answers = tiny_llm.generate(prompts, max_tokens=40, ignore_eos=True)
     assert [answer.usage.completion_tokens for answer in answers] == [40] * 21
+    assert tiny_llm.engine.slots == 8
     assert tiny_llm.engine.pages_in_use == 0
     for prompt, answer in list(zip(prompts, answers, strict=True))[::5]:
         greedy = tiny_llm.logits(prompt + list(answer.token_ids)).argmax(axis=-1)[len(prompt) - 1 : -1]
@@ -118,6 +120,46 @@ def test_penalties_count_the_prompt_and_the_output(tiny_llm):
     assert not set(fresh.token_ids) & set(prompt)
 
 
+def test_the_slots_follow_the_number_of_requests(tiny_llm):
+    for requests, slots in ((1, 1), (3, 4), (8, 8), (1, 1), (2, 2)):
+        tiny_llm.generate([ids(5)] * requests, max_tokens=9, ignore_eos=True)
+        assert tiny_llm.engine.slots == slots
+
+
+def test_a_request_that_its_caller_ends_lets_the_others_go_on(tiny_llm):
+    sequences = [tiny_llm.stream(ids(5, seed), max_tokens=40, ignore_eos=True).sequence for seed in range(3)]
+    counts = [0, 0, 0]
+    for index, chunk in tiny_llm.engine.run(sequences):
+        counts[index] += len(chunk.tokens)
+        if index == 1:
+            # As a stop string does.
+            sequences[1].finish_reason = "stop"
+            tiny_llm.engine.cancel(sequences[1])
+    assert counts[0] == counts[2] == 40 > counts[1] > 0
+    assert tiny_llm.engine.pages_in_use == 0
+
+
+def test_warming_up_is_refused_while_requests_run(tiny_llm):
+    stream = tiny_llm.stream(ids(5), max_tokens=30, ignore_eos=True)
+    next(stream)
+    with pytest.raises(RequestError, match="requests are running"):
+        tiny_llm.warm_up()
+    list(stream)
+    assert len(stream.token_ids) == 30
+
+
+def test_what_an_earlier_request_left_in_a_page_reaches_no_later_one(tiny_llm):
+    prompt = ids(21)
+    expected = tiny_llm.logits(prompt)
+    runner = tiny_llm.engine.runner
+    runner._cache = jax.tree.map(lambda pages: pages * np.nan, runner._cache)
+    np.testing.assert_array_equal(tiny_llm.logits(prompt), expected)
+    (answer,) = tiny_llm.generate([prompt], max_tokens=9, ignore_eos=True)
+    runner._cache = runner._make_cache()
+    (again,) = tiny_llm.generate([prompt], max_tokens=9, ignore_eos=True)
+    assert answer.token_ids == again.token_ids
+
+
 def test_streams_can_be_interleaved_and_closed(tiny_llm):
     first = tiny_llm.stream(ids(5, 1), max_tokens=50, ignore_eos=True)
     run = tiny_llm.engine.run([first.sequence])
@@ -164,10 +206,45 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(tiny_llm):
     assert last.usage.completion_tokens == 1
 
 
-@pytest.mark.parametrize("prompt", [[], [TINY.vocab_size], [-1], [1.5], [True, 3]])
+@pytest.mark.parametrize("prompt", [[], [TINY.vocab_size], [-1], [1.5], [True, 3], None, {}, b"abc", [None]])
 def test_a_prompt_that_is_no_list_of_ids_is_refused(tiny_llm, prompt):
-    with pytest.raises(RequestError, match=r"prompt is empty|token ids must be integers from 0 to 198"):
-        tiny_llm.generate([prompt])
+    for call in (tiny_llm.stream, tiny_llm.logits, lambda prompt: tiny_llm.generate([prompt])):
+        with pytest.raises(RequestError, match=r"prompt is empty|token ids must be"):
+            call(prompt)
+
+
+@pytest.mark.parametrize("prompts", [5, None, {"a": 1}, b"abc"])
+def test_prompts_that_are_no_list_are_refused(tiny_llm, prompts):
+    with pytest.raises(RequestError, match="a prompt must be a text, a list of token ids"):
+        tiny_llm.generate(prompts)
+
+
+@pytest.mark.parametrize("parameter", [{"logit_bias": {199: 1.0}}, {"stop_token_ids": [199]}])
+def test_a_parameter_that_names_a_token_outside_the_vocabulary_is_refused(tiny_llm, parameter):
+    with pytest.raises(RequestError, match="names token 199, the vocabulary has 199"):
+        tiny_llm.generate([[1]], **parameter)
+
+
+def test_an_interrupted_evaluation_breaks_nothing(tiny_llm, monkeypatch):
+    expected = tiny_llm.logits(ids(9))
+    runner = tiny_llm.engine.runner
+
+    def fail(*arguments):
+        for array in jax.tree.leaves(runner._cache):
+            array.delete()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_logits", fail)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_llm.logits(ids(9))
+    np.testing.assert_array_equal(tiny_llm.logits(ids(9)), expected)
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_what_to_do():
+    huge = dataclasses.replace(TINY_ENGINE, cache_tokens=2**40)
+    with pytest.raises(RequestError, match="does not fit into memory; ask for less"):
+        LLM(TINY, random_params(TINY, "float32", seed=1), engine=huge)
 
 
 def test_text_without_a_tokenizer_is_refused(tiny_llm):
@@ -240,7 +317,7 @@ def test_only_ids_come_back_unless_more_is_asked_for(tiny_llm):
 
 
 @settings(max_examples=300)
-@given(length=st.integers(1, 3000), buckets=st.sampled_from([(16,), (16, 64, 128, 256, 512), (32, 128)]))
+@given(length=st.integers(1, 3000), buckets=st.sampled_from([(16,), (16, 64, 128, 256, 512), (32, 128), (16, 2048)]))
 def test_chunks_cover_the_prompt_and_only_the_last_is_padded(length, buckets):
     chunks = split_into_chunks(length, buckets)
     assert sum(size for size, _ in chunks) == length
@@ -282,6 +359,8 @@ def test_a_page_that_nobody_holds_can_not_be_given_back():
         ({"prefill_buckets": (32, 16)}, "ascending"),
         ({"batch_buckets": ()}, "ascending"),
         ({"cache_tokens": 5}, "at least one request"),
+        ({"decode_steps": 1.5}, "decode_steps must be an integer"),
+        ({"latency_seconds": -1}, "latency_seconds"),
     ],
 )
 def test_sizes_that_contradict_one_another_are_refused(values, message):

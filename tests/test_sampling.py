@@ -99,6 +99,13 @@ def test_zero_temperature_takes_the_first_of_the_largest():
     assert sample(logits, state(4), jnp.zeros(1, jnp.int32)).tolist() == [1]
 
 
+@pytest.mark.parametrize("filters", [{"top_p": [1e-45]}, {"top_p": [1e-38]}, {"temperature": [1e-38]}])
+def test_the_narrowest_filter_still_leaves_the_likeliest_token(filters):
+    logits = jnp.asarray(np.random.default_rng(7).standard_normal((1, 300)), jnp.float32)
+    parameters = state(300, **{"temperature": [1.0], **filters})
+    assert sample(logits, parameters, jnp.zeros(1, jnp.int32)).tolist() == [int(logits.argmax())]
+
+
 def test_a_row_draws_the_same_in_any_company():
     rng = np.random.default_rng(4)
     logits = jnp.asarray(rng.standard_normal((3, 500)), jnp.float32)
@@ -158,7 +165,8 @@ def test_logprobs_are_those_of_log_softmax():
         ("temperature", -1), ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5),
         ("top_k", -1), ("top_k", 1.5), ("min_p", 2), ("max_tokens", 0), ("max_tokens", True), ("seed", "x"),
         ("logprobs", 21), ("stop", [""]), ("stop", 3), ("stop_token_ids", ["a"]), ("stop_token_ids", range(17)),
-        ("logit_bias", {"a": 1}), ("logit_bias", {1: float("inf")}), ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}), ("logit_bias", {1: float("inf")}), ("logit_bias", [1]), ("logit_bias", {1: 1e300}),
+        ("logit_bias", {1.7: 1}), ("stop_token_ids", [True]),
         ("logit_bias", dict.fromkeys(range(301), 1.0)), ("repetition_penalty", 0), ("presence_penalty", 1e9),
     ],
 )  # fmt: skip

@@ -80,3 +80,19 @@ def test_quantized_matrices_give_the_logits_of_the_dequantized_ones(smollm2: fus
     ids = CHATS[0]["prompt_ids"][:16]
     # The same float32 values enter the same products, whether they are decoded at load or in the program.
     np.testing.assert_allclose(quantized.logits(ids), smollm2.logits(ids), atol=1e-3)
+
+
+@pytest.mark.parametrize("stop", ["city", " the", ", the city of"])
+def test_a_stop_string_ends_the_answer_before_it(smollm2: fusedllm.LLM, stop: str) -> None:
+    prompts = ["Once upon a time", "1 2 3 4"]
+    free = smollm2.generate(prompts, max_tokens=40, logprobs=1, ignore_eos=True)
+    cut = smollm2.generate(prompts, max_tokens=40, logprobs=1, ignore_eos=True, stop=[stop])
+    for whole, part in zip(free, cut, strict=True):
+        assert part.text == whole.text.split(stop)[0]
+        assert part.finish_reason == ("stop" if stop in whole.text else "length")
+        assert part.token_ids == whole.token_ids[: len(part.token_ids)]
+        assert [entry.token_id for entry in part.logprobs] == list(part.token_ids)
+        assert part.usage.completion_tokens == len(part.token_ids)
+    assert cut[0].finish_reason == "stop"
+    pieces = list(smollm2.stream(prompts[0], max_tokens=40, ignore_eos=True, stop=[stop]))
+    assert "".join(pieces) == cut[0].text

@@ -57,9 +57,7 @@ def run(options: argparse.Namespace) -> None:
         stop=tuple(options.stop),
         ignore_eos=options.ignore_eos,
     )
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt:
-        raise RequestError("the prompt is empty; give some text with --prompt or on standard input.")
+    prompt = _prompt(options.prompt)
     llm = load_model(options)
     stream = _start(llm, prompt, sampling, options)
     try:
@@ -73,11 +71,25 @@ def run(options: argparse.Namespace) -> None:
         print(statistics(llm), file=sys.stderr)
 
 
+def _prompt(option: str) -> str:
+    try:
+        prompt = sys.stdin.buffer.read().decode() if option == "-" else option
+        prompt.encode()
+    except UnicodeError:
+        raise RequestError("the prompt is not UTF-8 text; convert it first.") from None
+    if not prompt:
+        raise RequestError("the prompt is empty; give some text with --prompt or on standard input.")
+    return prompt
+
+
 def _start(llm: LLM, prompt: str, sampling: SamplingParams, options: argparse.Namespace) -> Stream:
+    templated = llm.tokenizer is not None and llm.tokenizer.data.chat_template is not None and not options.raw
+    if options.system and not templated:
+        raise RequestError("--system needs a chat template: the model has none, or --raw passes it over.")
     if llm.tokenizer is None:
         print("No tokenizer: the prompt's bytes are the token ids, and ids are printed.", file=sys.stderr)
         return llm.stream([byte % llm.config.vocab_size for byte in prompt.encode()], sampling)
-    if options.raw or llm.tokenizer.data.chat_template is None:
+    if not templated:
         return llm.stream(prompt, sampling)
     system = [{"role": "system", "content": options.system}] if options.system else []
     return llm.stream([*system, {"role": "user", "content": prompt}], sampling)
@@ -96,13 +108,17 @@ def summary(stream: Stream) -> str:
     """One line: tokens in and out, their rates, and the time to the first of them."""
     result = stream.result
     timings = result.timings
+    # What a program costs once, before its first launch, is not the speed of the next prefill.
+    prefill = timings.prefill_seconds - timings.compile_seconds
     parts = [
         f"{result.usage.prompt_tokens} prompt tokens",
-        f"prefill {result.usage.prompt_tokens / timings.prefill_seconds:.1f} tokens/s",
+        f"prefill {result.usage.prompt_tokens / prefill:.1f} tokens/s (first launch)",
         f"{result.usage.completion_tokens} tokens",
     ]
     if timings.decode_seconds > 0:
         parts.append(f"decode {(result.usage.completion_tokens - 1) / timings.decode_seconds:.1f} tokens/s")
+    if timings.compile_seconds > 0:
+        parts.append(f"programs {timings.compile_seconds:.2f} s")
     parts += [f"first token {timings.first_token_seconds:.2f} s", f"finish: {result.finish_reason}"]
     return " · ".join(parts)
 

@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> None:
         raise RequestError(
             f"{options.text} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}."
         ) from None
+    if options.windows is not None and options.windows < 1:
+        raise RequestError(f"--windows must be at least 1, got {options.windows}.")
     llm = load_model(options)
     ids = llm.encode(text)
     if options.windows is not None:

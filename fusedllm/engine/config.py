@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from fusedllm.errors import RequestError
@@ -40,17 +41,20 @@ class EngineConfig:
         if not self.cache_tokens:
             object.__setattr__(self, "cache_tokens", self.max_context)
         for name in ("max_context", "page_size", "cache_tokens", "decode_steps"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if not _is_count(getattr(self, name)):
+                raise RequestError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
+        if not self.latency_seconds > 0:
+            raise RequestError(f"latency_seconds must be a positive number, got {self.latency_seconds!r}.")
         if self.cache_tokens < self.max_context:
             raise RequestError(
                 f"the KV cache must hold at least one request of {self.max_context} tokens, "
                 f"got cache_tokens={self.cache_tokens}."
             )
         for name in ("prefill_buckets", "batch_buckets"):
-            buckets = getattr(self, name)
-            if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-                raise RequestError(f"{name} must be ascending positive numbers, got {buckets!r}.")
+            buckets = tuple(getattr(self, name))
+            object.__setattr__(self, name, buckets)
+            if not buckets or not all(map(_is_count, buckets)) or list(buckets) != sorted(set(buckets)):
+                raise RequestError(f"{name} must be ascending positive integers, got {buckets!r}.")
         if any(bucket % self.page_size for bucket in self.prefill_buckets):
             raise RequestError(
                 f"prefill_buckets must be multiples of page_size ({self.page_size}), got {self.prefill_buckets!r}."
@@ -76,6 +80,10 @@ class EngineConfig:
         return next((bucket for bucket in self.batch_buckets if bucket >= requests), self.max_batch)
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 # A launch costs about as much as this many more tokens in it (dispatch, weights read once more).
 LAUNCH_TOKENS = 32
 
@@ -83,23 +91,25 @@ LAUNCH_TOKENS = 32
 def split_into_chunks(length: int, buckets: tuple[int, ...]) -> list[tuple[int, int]]:
     """Cuts a prompt into `(tokens, bucket)` chunks, all but the last full, with the least padding and launches."""
     largest = buckets[-1]
-    chunks = [(largest, largest)] * ((length - 1) // largest)
-    remaining = length - largest * len(chunks)
-    return [*chunks, *_cheapest(remaining, buckets)]
+    full = (length - 1) // largest
+    return [(largest, largest)] * full + list(_cheapest(length - full * largest, buckets))
 
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(length: int, buckets: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Descending full buckets and then a padded one, of the least cost in computed tokens."""
-    padded = next(bucket for bucket in buckets if bucket >= length)
-    best: tuple[tuple[int, int], ...] = ((length, padded),)
-    for bucket in buckets:
-        if bucket < length:
-            split = ((bucket, bucket), *_cheapest(length - bucket, buckets))
-            if _cost(split) < _cost(best):
-                best = split
-    return best
-
-
-def _cost(chunks: tuple[tuple[int, int], ...]) -> int:
-    return sum(bucket + LAUNCH_TOKENS for _, bucket in chunks)
+    """Full buckets and then a last one, of the least cost in computed tokens, for at most the largest bucket."""
+    unit = math.gcd(*buckets)
+    units = -(-length // unit)
+    # costs[n] and first[n]: of the cheapest way to cover n units, and the bucket that it begins with.
+    costs, first = [0], [0]
+    for covered in range(1, units + 1):
+        options = [(bucket + LAUNCH_TOKENS + costs[max(covered - bucket // unit, 0)], bucket) for bucket in buckets]
+        cost, bucket = min(options, key=lambda option: (option[0], -option[1]))
+        costs.append(cost)
+        first.append(bucket)
+    chunks = []
+    while length > 0:
+        bucket = first[-(-length // unit)]
+        chunks.append((min(bucket, length), bucket))
+        length -= bucket
+    return tuple(chunks)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -35,7 +36,8 @@ class _Launch:
 class Engine:
     """Runs requests on a `Runner`, several at a time, in the order they came.
 
-    Any number of `run` iterators may be open at once; each step serves all of them.
+    Any number of `run` iterators may be open at once. The number of slots is chosen when the first of them starts; a
+    request that finds all of them taken waits for one.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -55,6 +57,11 @@ class Engine:
         """Pages of the KV cache that requests hold."""
         return self._pool.in_use
 
+    @property
+    def slots(self) -> int:
+        """How many requests decode together in the latest launches; 0 before the first."""
+        return len(self._seats)
+
     def prepare(self, prompt: Sequence[int], sampling: SamplingParams) -> engine_request.Sequence:
         """A validated request, ready for `run`. `max_tokens` is cut to what the context leaves.
 
@@ -69,9 +76,10 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, the context holds {self.config.max_context} with at least one "
                 f"of them for the answer; shorten it or raise max_context (the model allows {model.max_position})."
             )
-        for token in sampling.logit_bias:
-            if not 0 <= token < model.vocab_size:
-                raise RequestError(f"logit_bias names token {token}, the vocabulary has {model.vocab_size}.")
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            for token in tokens:
+                if not 0 <= token < model.vocab_size:
+                    raise RequestError(f"{name} names token {token}, the vocabulary has {model.vocab_size}.")
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(model.eos_token_ids))
         return engine_request.Sequence(
             prompt=tuple(prompt),
@@ -86,19 +94,33 @@ class Engine:
             for sequence in sequences:
                 self._chunks[sequence] = []
                 self._waiting.append(sequence)
-        unfinished = set(range(len(sequences)))
+        unfinished = list(range(len(sequences)))
         try:
             while unfinished:
-                arrived = [(index, chunk) for index in sorted(unfinished) for chunk in self._collect(sequences[index])]
-                unfinished -= {index for index, chunk in arrived if chunk.finish_reason}
-                unfinished -= {index for index in unfinished if sequences[index].finish_reason == "cancelled"}
+                with self._lock:
+                    arrived = [(index, chunk) for index in unfinished for chunk in self._collect(sequences[index])]
+                    # A caller may have ended one of them at a chunk that it was given before.
+                    unfinished = [index for index in unfinished if not sequences[index].finished]
+                    if not arrived and unfinished:
+                        self._step()
                 yield from arrived
-                if not arrived and unfinished:
-                    self._step()
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
                 self._chunks.pop(sequence, None)
+
+    def warm_up(self, on_program: Callable[[str], object] = lambda name: None) -> None:
+        """Compiles every program that answering needs; `on_program` hears of each before. See `Runner.warm_up`.
+
+        Raises:
+          RequestError: requests are running; their slots are what the programs would be tried on.
+        """
+        with self._lock:
+            if any(self._seats):
+                raise RequestError("requests are running; warm up before the first, or after the last has ended.")
+            with self._abandoning():
+                self._launches.clear()
+                self.runner.warm_up(on_program)
 
     def cancel(self, sequence: engine_request.Sequence) -> None:
         """Ends a request now; its pages are free at once (later launches write to them only what they own)."""
@@ -119,7 +141,8 @@ class Engine:
         with self._lock:
             pages = self._pages_for(ids)
             try:
-                return self.runner.logits(ids, pages, chunk)
+                with self._abandoning():
+                    return self.runner.logits(ids, pages, chunk and min(chunk, self.config.max_context))
             finally:
                 self._pool.give_back(pages)
 
@@ -128,31 +151,26 @@ class Engine:
         with self._lock:
             pages = self._pages_for(ids)
             try:
-                return self.runner.score(ids, pages)
+                with self._abandoning():
+                    return self.runner.score(ids, pages)
             finally:
                 self._pool.give_back(pages)
 
     def _collect(self, sequence: engine_request.Sequence) -> list[Chunk]:
-        with self._lock:
-            chunks, self._chunks[sequence] = self._chunks[sequence], []
-            return chunks
+        chunks, self._chunks[sequence] = self._chunks[sequence], []
+        return chunks
 
     def _step(self) -> None:
         """Admits who fits, launches the next tokens, and reads what was launched before."""
-        with self._lock:
-            try:
-                self._admit()
-                if any(self._seats):
-                    self._launch_decode()
-                ahead = LAUNCHES_AHEAD if any(self._seats) else 0
-                while len(self._launches) > ahead:
-                    self._read(self._launches.popleft())
-            except BaseException:
-                self._abandon()
-                raise
+        with self._abandoning():
+            self._admit()
+            if any(self._seats):
+                self._launch_decode()
+            while len(self._launches) > (LAUNCHES_AHEAD if any(self._seats) else 0):
+                self._read(self._launches.popleft())
 
     def _admit(self) -> None:
-        if not any(self._seats) and not self._launches and self._waiting:
+        if not any(self._seats) and self._waiting:
             self._seats = [None] * self.config.batch_bucket(len(self._waiting))
         while self._waiting and None in self._seats:
             sequence = self._waiting[0]
@@ -164,8 +182,10 @@ class Engine:
             slot = self._seats.index(None)
             self._seats[slot] = sequence
             sequence.timings.prefill_started = time.perf_counter()
+            compiled = self.runner.compile_seconds
             hidden = self.runner.prefill(sequence.prompt, sequence.pages)
             outputs = self.runner.admit(len(self._seats), slot, sequence, hidden)
+            sequence.timings.compile_seconds = self.runner.compile_seconds - compiled
             self._launches.append(_Launch(outputs, [sequence]))
 
     def _launch_decode(self) -> None:
@@ -210,18 +230,29 @@ class Engine:
             self._pool.give_back(sequence.pages)
             sequence.pages = ()
 
-    def _abandon(self) -> None:
-        """After a failed step nothing on the device is trusted: every request in flight ends."""
-        for sequence in [*self._waiting, *filter(None, self._seats)]:
-            self.cancel(sequence)
-        self._launches.clear()
-        self.runner.recover()
+    @contextlib.contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """After a failed or interrupted launch nothing on the device is trusted: every request in flight ends."""
+        try:
+            yield
+        except BaseException:
+            for sequence in [*self._waiting, *filter(None, self._seats)]:
+                self.cancel(sequence)
+            self._launches.clear()
+            self.runner.recover()
+            raise
 
     def _pages_for(self, ids: Sequence[int]) -> tuple[int, ...]:
         self._check_ids(ids)
         if len(ids) > self.config.max_context:
             raise ContextLengthError(f"{len(ids)} tokens were given, the context holds {self.config.max_context}.")
-        return self._pool.take(-(-len(ids) // self.config.page_size))
+        needed = -(-len(ids) // self.config.page_size)
+        if needed > self._pool.free:
+            raise RequestError(
+                f"{len(ids)} tokens need {needed} pages of the KV cache, and running requests leave {self._pool.free}; "
+                "let them end first, or load the model with more cache_tokens."
+            )
+        return self._pool.take(needed)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         vocab = self.runner.config.vocab_size

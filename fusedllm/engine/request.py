@@ -32,11 +32,16 @@ class Chunk:
 
 @dataclass(slots=True)
 class Timings:
-    """When things happened to a request, in seconds of `time.perf_counter()`."""
+    """When things happened to a request, in seconds of `time.perf_counter()`.
+
+    `compile_seconds` is how much of the time until the first token went into making programs that had not been
+    launched before: tracing, and compiling or reading them from the cache.
+    """
 
     arrived: float = field(default_factory=time.perf_counter)
     prefill_started: float = 0.0
     first_token: float = 0.0
+    compile_seconds: float = 0.0
     last_token: float = 0.0
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from fusedllm.engine import request as engine_request
 from fusedllm.engine.compile_guard import compile_is_forbidden
 from fusedllm.engine.config import EngineConfig, split_into_chunks
 from fusedllm.engine.programs import NO_TOKEN, Programs, SlotState, StepOutputs, empty_slots
-from fusedllm.errors import CompileForbiddenError
+from fusedllm.errors import CompileForbiddenError, RequestError
 from fusedllm.model.cache import NULL_PAGE, KVCache, empty_cache
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
@@ -53,6 +54,7 @@ class Runner:
         self.config = config
         self.engine = engine
         self.traffic = Traffic()
+        self.compile_seconds = 0.0
         params = jax.device_put(params, params.final_norm.sharding)
         self._params = params
         # The head alone: `admit` should not be handed 300 arrays that it does not read.
@@ -81,13 +83,23 @@ class Runner:
         self._no_token, self._no_count = (
             jax.device_put(np.zeros((1, config.vocab_size), dtype), home) for dtype in (np.bool_, np.int32)
         )
-        self._cache: KVCache = self._empty_cache()
+        self._cache: KVCache = self._make_cache()
 
     def recover(self) -> None:
         """Makes the device state anew where an interrupted launch has taken it with it. Requests in flight are lost."""
         if any(array.is_deleted() for array in jax.tree.leaves((self._cache, self._slots))):
-            self._cache = self._empty_cache()
+            self._cache = self._make_cache()
             self._slots.clear()
+
+    def _make_cache(self) -> KVCache:
+        try:
+            cache = self._empty_cache()
+            return jax.block_until_ready(cache)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            raise RequestError(
+                f"a KV cache of {self.engine.cache_tokens} positions does not fit into memory; ask for less with "
+                "max_context or cache_tokens."
+            ) from error
 
     def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> jax.Array:
         """Writes `ids` into `pages`; the last token's hidden state, for `admit`."""
@@ -155,7 +167,10 @@ class Runner:
         return tokens, jax.tree.map(self._to_host, outputs.logprobs) if logprobs else None
 
     def warm_up(self, on_program: Callable[[str], object] = lambda name: None) -> None:
-        """Compiles every declared program by launching it once, on the null page. `on_program` hears of each before."""
+        """Compiles what answering needs by launching it once, on the null page; `on_program` hears of each before.
+
+        The programs of evaluation (`logits`, `score`) are not among them.
+        """
         for bucket in self.engine.prefill_buckets:
             on_program(f"prefill of {bucket} tokens")
             hidden = self.prefill([0] * bucket, ())
@@ -182,8 +197,12 @@ class Runner:
         sent = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments[2:]) if isinstance(leaf, (np.ndarray, np.generic)))
         self.traffic.launches += 1
         self.traffic.bytes_to_device += sent
+        started = time.perf_counter()
         results = program(*arguments)
-        self._compiled.add(name)
+        if name not in self._compiled:
+            # A launch returns at once, so that this is the making of the program.
+            self.compile_seconds += time.perf_counter() - started
+            self._compiled.add(name)
         return results
 
     def _to_host(self, array: jax.Array) -> np.ndarray:

@@ -86,9 +86,11 @@ def _query_block(
         # [batch, pages, kv_heads, page_size, head_dim] -> [batch, kv_heads, block, head_dim]
         k = k_pages[ids].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, block, head_dim)
         v = v_pages[ids].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, block, head_dim)
+        k_position = index * block + jnp.arange(block)
+        # What an earlier request left in a page may be no number, which a weight of zero would not silence.
+        v = jnp.where((k_position <= q_position[:, -1:])[:, None, :, None], v, 0)
         scores = jnp.einsum("bkqd,bktd->bkqt", q, k, precision=precision, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, group, seq, block) * (1 / math.sqrt(head_dim))
-        k_position = index * block + jnp.arange(block)
         visible = k_position <= q_position[:, :, None]
         if window is not None:
             visible &= k_position > q_position[:, :, None] - window

@@ -98,7 +98,8 @@ def _has_adjustment(state: SamplingState) -> Bool[Array, " batch"]:
 
 def _draw(logits: jax.Array, state: SamplingState, count: jax.Array) -> jax.Array:
     temperature = jnp.where(state.temperature > 0, state.temperature, 1.0)
-    scaled = logits / temperature[:, None]
+    # From the largest down, so that the smallest temperature makes an infinity only of what can't be drawn.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None]
     uniform = jax.vmap(_uniform)(state.key, count)
     token, complete = _draw_from_candidates(scaled, state, uniform)
     complete |= state.temperature <= 0
@@ -127,6 +128,8 @@ def _draw_from_candidates(scaled: jax.Array, state: SamplingState, uniform: jax.
     mass_before = jnp.sum(likelier * mass[:, None, :], axis=-1)
     keep &= (state.top_p[:, None] >= 1) | (mass_before < (state.top_p * total)[:, None])
     keep &= values >= values[:, :1] + jnp.log(state.min_p)[:, None]
+    # However small top_p is, the likeliest token stays.
+    keep = keep.at[:, 0].set(True)
     outside_top_k = (state.top_k > count) & (state.top_k < vocab)
     complete = (vocab <= count) | (~keep[:, -1] & ~outside_top_k)
     cumulative = jnp.cumsum(mass * keep, axis=-1)
@@ -155,6 +158,7 @@ def _draw_from_row(scaled: jax.Array, state: SamplingState, uniform: jax.Array) 
         return jnp.sum(jnp.where(ordered >= threshold[:, None], mass, 0.0), axis=-1) >= goal
 
     by_p = jnp.where(has_top_p, _bisect(reaches_p, jnp.any(has_top_p), scaled.shape[0]), np.iinfo(np.int32).min)
+    by_p = jnp.minimum(by_p, ordered.max(axis=-1))
     keep = (ordered >= by_p[:, None]) & (scaled >= highest + jnp.log(state.min_p)[:, None])
     return _inverse_cdf(jnp.where(keep, mass, 0.0), uniform)
 

@@ -17,6 +17,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = ("No space left on device", "Disk quota exceeded")
 
 
+# What a directory that is a checkpoint has: of Hugging Face, of Orbax.
+_MARKS = ("config.json", "_CHECKPOINT_METADATA", "params")
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Gives a path beside `path` to write a file or a directory to, and renames it to `path` when the block ends.
@@ -131,8 +135,16 @@ def remove(path: Path) -> None:
 
 
 def _refuse_existing(path: Path, force: bool) -> None:
-    if not force and os.path.lexists(path):
+    if not os.path.lexists(path):
+        return
+    if not force:
         raise CheckpointError(f"{path} exists already: choose another name, or pass --force to replace it.")
+    # --force is meant for a checkpoint, not for whatever else a mistyped name may hit.
+    if path.is_dir() and not path.is_symlink():
+        if any(path.iterdir()) and not any((path / mark).exists() for mark in _MARKS):
+            raise CheckpointError(f"{path} is a directory that holds no checkpoint, so --force does not replace it.")
+    elif path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is neither a file nor a directory, so --force does not replace it.")
 
 
 def _fsync(path: Path) -> None:
