@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from fusedllm.weights.download import cache_directory
+
 # Below this many seconds a program is compiled again as fast as it is read.
 WORTH_KEEPING = 0.1
 
@@ -21,8 +23,6 @@ def use_compilation_cache(directory: Path | None = None) -> None:
     if config.jax_compilation_cache_dir:
         return
     if directory is None:
-        from fusedllm.weights.registry import cache_directory
-
         directory = cache_directory() / "programs"
     try:
         directory.mkdir(parents=True, exist_ok=True)

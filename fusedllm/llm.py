@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,10 @@ from fusedllm.partition.plain import Plain
 from fusedllm.text.chat import ChatTemplate
 from fusedllm.text.stream import TextStream
 from fusedllm.text.tokenizer import Tokenizer
-from fusedllm.weights.load import LoadReport
+from fusedllm.weights import registry
+from fusedllm.weights.load import LoadReport, load_params
+from fusedllm.weights.open import open_checkpoint
+from fusedllm.weights.random import random_params
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -63,10 +66,6 @@ def load(
       SourceError: the name is unknown or can't be fetched.
       CheckpointError, ConfigError, TokenizerError: what was found there can't be used.
     """
-    from fusedllm.weights import load as loading
-    from fusedllm.weights import open as opening
-    from fusedllm.weights import random, registry
-
     if keep_programs:
         use_compilation_cache()
     compute = compute_dtype(dtype)
@@ -74,12 +73,12 @@ def load(
     report: LoadReport | None = None
     if random_weights:
         config = registry.architecture(ckpt)
-        params = random.random_params(config, np.dtype(compute), seed)
+        params = random_params(config, np.dtype(compute), seed)
     else:
         path = registry.resolve(ckpt, progress=progress)
-        checkpoint = opening.open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         config = checkpoint.config
-        params, report = loading.load_params(
+        params, report = load_params(
             checkpoint, dtype=np.dtype(compute), keep_quantized=keep_quantized, progress=progress
         )
         tokenizer = None if checkpoint.tokenizer is None else Tokenizer(checkpoint.tokenizer)
@@ -177,7 +176,7 @@ class LLM:
         """
         parameters = sampling_from_keywords(sampling, keywords)
         conversation = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        ids = self.render(prompt) if conversation else self.encode(prompt)  # type: ignore[arg-type]
+        ids = self.render(cast("Sequence[Message]", prompt)) if conversation else self.encode(cast("Prompt", prompt))
         return self._stream(ids, parameters)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -326,8 +325,8 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not isinstance(prompts, (Sequence, np.ndarray)) or isinstance(prompts, bytes):
         raise RequestError(f"a prompt must be a text, a list of token ids, or a list of those, got {prompts!r}.")
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def _as_ids(ids: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, TINY_ENGINE
@@ -179,17 +180,23 @@ def test_streams_can_be_interleaved_and_closed(tiny_llm):
     assert after.token_ids == other.token_ids
 
 
-def test_a_failed_launch_ends_its_requests_and_nothing_else(tiny_llm, monkeypatch):
-    (before,) = tiny_llm.generate([ids(5)], max_tokens=8, ignore_eos=True)
-    runner = tiny_llm.engine.runner
+def interrupted_after_donation(runner):
+    """A program that Ctrl-C stops when it has taken the cache and not yet given it back."""
 
-    def fail(*arguments):
+    def program(*arguments):
         for array in jax.tree.leaves(runner._cache):
             array.delete()
         raise KeyboardInterrupt
 
+    return program
+
+
+def test_a_failed_launch_ends_its_requests_and_nothing_else(tiny_llm, monkeypatch):
+    (before,) = tiny_llm.generate([ids(5)], max_tokens=8, ignore_eos=True)
+    runner = tiny_llm.engine.runner
+
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_decode", fail)
+        patch.setattr(runner, "_decode", interrupted_after_donation(runner))
         with pytest.raises(KeyboardInterrupt):
             tiny_llm.generate([ids(5)], max_tokens=8)
     assert tiny_llm.engine.pages_in_use == 0
@@ -229,13 +236,8 @@ def test_an_interrupted_evaluation_breaks_nothing(tiny_llm, monkeypatch):
     expected = tiny_llm.logits(ids(9))
     runner = tiny_llm.engine.runner
 
-    def fail(*arguments):
-        for array in jax.tree.leaves(runner._cache):
-            array.delete()
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_logits", fail)
+        patch.setattr(runner, "_logits", interrupted_after_donation(runner))
         with pytest.raises(KeyboardInterrupt):
             tiny_llm.logits(ids(9))
     np.testing.assert_array_equal(tiny_llm.logits(ids(9)), expected)
@@ -268,13 +270,15 @@ def test_perplexity_is_that_of_the_logits(tiny_llm):
     assert tiny_llm.perplexity(tokens, window=32) == pytest.approx(np.exp(total / count), rel=1e-5)
 
 
-@pytest.mark.parametrize("source", ["random weights", "a file"])
+@pytest.mark.parametrize("source", ["unbound arrays", "a file"])
 def test_nothing_compiles_after_warm_up(tmp_path, source):
-    # Arrays that a loader has put on a device are bound to it, others are not; programs tell the two apart.
+    # Programs tell arrays that are bound to a device, as a loader's are, from arrays that are not.
     if source == "a file":
         llm = load(tiny.write("llama3", tmp_path / "model"), engine=TINY_ENGINE)
     else:
-        llm = LLM(TINY, random_params(TINY, "float32", seed=1), engine=TINY_ENGINE)
+        unbound = jax.tree.map(lambda weights: jnp.array(np.asarray(weights)), random_params(TINY, "float32", seed=1))
+        assert not unbound.final_norm.committed
+        llm = LLM(TINY, unbound, engine=TINY_ENGINE)
     rng = np.random.default_rng(9)
     llm.warm_up()
     with forbid_compile():

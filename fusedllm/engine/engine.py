@@ -17,6 +17,7 @@ from fusedllm.engine.programs import NO_TOKEN, StepOutputs
 from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.runner import Runner
 from fusedllm.errors import ContextLengthError, RequestError
+from fusedllm.model.sampling import Logprobs
 
 # Steps of the first decode launch, before the time of one step is known.
 FIRST_STEPS = 4
@@ -264,14 +265,14 @@ class Engine:
 
 
 def _token_logprobs(
-    sequence: engine_request.Sequence, ids: Sequence[int], logprobs: object, made: np.ndarray, slot: int
+    sequence: engine_request.Sequence, ids: Sequence[int], logprobs: Logprobs | None, made: np.ndarray, slot: int
 ) -> tuple[TokenLogprob, ...]:
     count = sequence.sampling.logprobs
     if count is None or logprobs is None:
         return ()
-    chosen = logprobs.chosen[made, slot]  # type: ignore[attr-defined]
-    top_ids = logprobs.top_ids[made, slot, :count]  # type: ignore[attr-defined]
-    top = logprobs.top[made, slot, :count]  # type: ignore[attr-defined]
+    chosen = logprobs.chosen[made, slot]
+    top_ids = logprobs.top_ids[made, slot, :count]
+    top = logprobs.top[made, slot, :count]
     return tuple(
         TokenLogprob(token, float(own), tuple((int(i), float(p)) for i, p in zip(others, values, strict=True)))
         for token, own, others, values in zip(ids, chosen, top_ids, top, strict=True)

@@ -22,7 +22,7 @@ from fusedllm.errors import CompileForbiddenError, RequestError
 from fusedllm.model.cache import NULL_PAGE, KVCache, empty_cache
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
-from fusedllm.model.sampling import SamplingState
+from fusedllm.model.sampling import Logprobs, SamplingState
 
 
 @dataclass(slots=True)
@@ -55,7 +55,6 @@ class Runner:
         self.engine = engine
         self.traffic = Traffic()
         self.compile_seconds = 0.0
-        params = jax.device_put(params, params.final_norm.sharding)
         self._params = params
         # The head alone: `admit` should not be handed 300 arrays that it does not read.
         self._head = replace(params, layers=())
@@ -160,7 +159,7 @@ class Runner:
         )  # fmt: skip
         return outputs
 
-    def fetch(self, outputs: StepOutputs, *, logprobs: bool) -> tuple[np.ndarray, Any]:
+    def fetch(self, outputs: StepOutputs, *, logprobs: bool) -> tuple[np.ndarray, Logprobs | None]:
         """Waits for a launch: tokens `[steps, batch]`, and `Logprobs` of NumPy arrays where asked for."""
         tokens = self._to_host(outputs.tokens)
         self.traffic.tokens += int((tokens != NO_TOKEN).sum())
