@@ -172,6 +172,13 @@ def warn_if_busy() -> None:
         print(f"warning: the load average is {load:.1f}; figures of a busy machine mean little.", file=sys.stderr)
 
 
+def memory() -> dict[str, int]:
+    """This process's resident memory in bytes: all of it, its own part, what is files, and the peak (Linux only)."""
+    fields = {"resident": "VmRSS", "own": "RssAnon", "files": "RssFile", "peak": "VmHWM"}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: 1024 * int(status[field].split()[0]) for name, field in fields.items()}
+
+
 def cpu_name() -> str:
     """The processor's own name where the system tells it."""
     try:
@@ -196,21 +203,36 @@ def _plain(value: Any) -> Any:
 
 def bar_chart(path: Path, title: str, labels: Sequence[str], series: dict[str, Sequence[Spread]]) -> None:
     """Groups of bars, one per label, one bar per series, with the spread on it. Needs matplotlib (extra `bench`)."""
+    panels(path, {title: (labels, series)}, columns=1)
+
+
+def panels(
+    path: Path, charts: dict[str, tuple[Sequence[str], dict[str, Sequence[Spread | None]]]], columns: int = 2
+) -> None:
+    """Several charts in one picture: title to labels and series; a bar without a value is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(1.4 * len(labels) + 2, 4), layout="constrained")
-    width = 0.8 / len(series)
-    for index, (name, values) in enumerate(series.items()):
-        at = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
-        bars = axes.bar(at, [v.median for v in values], width, yerr=[v.iqr / 2 for v in values], label=name)
-        axes.bar_label(bars, labels=[significant(v.median) for v in values], fontsize=8, padding=2)
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_title(title)
-    axes.set_ylabel("tokens/s")
-    axes.legend()
+    lines = -(-len(charts) // columns)
+    longest = max(len(labels) for labels, _ in charts.values())
+    size = (columns * (1.4 * longest + 2), 4 * lines)
+    figure, grid = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(charts) :]:
+        axes.remove()
+    for axes, (title, (labels, series)) in zip(grid.flat, charts.items(), strict=False):
+        width = 0.8 / len(series)
+        for index, (name, values) in enumerate(series.items()):
+            places = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
+            bars = [(at, value) for at, value in zip(places, values, strict=True) if value is not None]
+            medians, errors = [v.median for _, v in bars], [v.iqr / 2 for _, v in bars]
+            drawn = axes.bar([at for at, _ in bars], medians, width, yerr=errors, label=name, color=f"C{index}")
+            axes.bar_label(drawn, labels=[significant(median) for median in medians], fontsize=8, padding=2)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_title(title)
+        axes.set_ylabel("tokens/s")
+        axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     print(f"wrote {path}")

@@ -19,7 +19,8 @@ from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.request import Sequence as EngineSequence
 from fusedllm.engine.results import Completion, Usage
 from fusedllm.engine.runner import Runner
-from fusedllm.errors import ConfigError, ContextLengthError, RequestError, TokenizerError
+from fusedllm.errors import ConfigError, ContextLengthError, ImplementationError, RequestError, TokenizerError
+from fusedllm.kernels import native
 from fusedllm.model.params import Params
 from fusedllm.partition.plain import Plain
 from fusedllm.text.chat import ChatTemplate
@@ -34,15 +35,19 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+KV_DTYPES = {**DTYPES, "int8": jnp.int8}
 
 
 def load(
     ckpt: str | Path = "smollm2-135m",
     *,
     dtype: str = "auto",
+    kv_dtype: str = "auto",
     max_context: int | None = None,
     engine: EngineConfig | None = None,
-    keep_quantized: bool = False,
+    keep_quantized: bool | None = None,
+    implementation: str | None = None,
+    threads: int | None = None,
     random_weights: bool = False,
     seed: int = 0,
     keep_programs: bool = True,
@@ -52,10 +57,15 @@ def load(
 
     Args:
       ckpt: a name of `fusedllm models`, `hf:OWNER/NAME`, or a path to a file or directory of a known format.
-      dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on accelerators, float32 on the CPU.
+      dtype: of weights and activations: `float32`, `bfloat16`, `float16`, or `auto`. That is bfloat16 on accelerators;
+        on the CPU float32 activations, and the weights as they are in the file where the native kernels run.
+      kv_dtype: of the KV cache: `float32`, `bfloat16`, `float16`, `int8`, or `auto`: bfloat16 where `dtype` is `auto`,
+        otherwise that of the activations.
       max_context: positions that one request may use; by default the model's own limit, at most 4,096.
       engine: all sizes at once, instead of `max_context`.
-      keep_quantized: leave quantized matrices as they are in the file, and decode them inside the program.
+      keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run.
+      implementation: of the kernels, `xla` or `ffi` (native, on the CPU); by default the best there is.
+      threads: how many threads the native kernels of this process use; by default all cores that it may use.
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.
       keep_programs: keep compiled programs on disk for the next process, in this package's cache directory, unless jax
@@ -69,23 +79,40 @@ def load(
     if keep_programs:
         use_compilation_cache()
     compute = compute_dtype(dtype)
+    runs_native = _runs_native(implementation)
+    if threads is not None:
+        _set_threads(threads, runs_native)
+    as_filed = dtype == "auto" and runs_native
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None
     if random_weights:
         config = registry.architecture(ckpt)
-        params = random_params(config, np.dtype(compute), seed)
+        params = random_params(config, np.dtype(jnp.bfloat16 if as_filed else compute), seed)
     else:
         path = registry.resolve(ckpt, progress=progress)
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         params, report = load_params(
-            checkpoint, dtype=np.dtype(compute), keep_quantized=keep_quantized, progress=progress
+            checkpoint,
+            dtype=None if as_filed else np.dtype(compute),
+            keep_quantized=as_filed if keep_quantized is None else keep_quantized,
+            pack=runs_native,
+            progress=progress,
         )
         tokenizer = None if checkpoint.tokenizer is None else Tokenizer(checkpoint.tokenizer)
     if engine is None:
         limit = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
         engine = EngineConfig(max_context=limit)
-    return LLM(config, params, tokenizer, engine=engine, dtype=compute, load_report=report)
+    return LLM(
+        config,
+        params,
+        tokenizer,
+        engine=engine,
+        dtype=compute,
+        kv_dtype=cache_dtype(kv_dtype, jnp.bfloat16 if dtype == "auto" else compute),
+        implementation=implementation,
+        load_report=report,
+    )
 
 
 def compute_dtype(name: str) -> Any:
@@ -106,6 +133,34 @@ def compute_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
+def cache_dtype(name: str, automatic: Any) -> Any:
+    """The dtype of a KV cache that `name` means, `automatic` for `auto`.
+
+    Raises:
+      ConfigError: a name that is none of ours.
+    """
+    if name == "auto":
+        return automatic
+    if name not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype must be auto, {', '.join(KV_DTYPES)}, got {name!r}.")
+    return KV_DTYPES[name]
+
+
+def _runs_native(implementation: str | None) -> bool:
+    if jax.default_backend() != "cpu" or implementation == "xla":
+        return False
+    if implementation == "ffi" and (problem := native.why_unavailable()):
+        raise ImplementationError(f"the implementation 'ffi' can't run: {problem}.")
+    return native.available()
+
+
+def _set_threads(threads: int, runs_native: bool) -> None:
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ConfigError(f"threads must be an integer of at least 1, got {threads!r}.")
+    if runs_native:
+        native.set_threads(threads)
+
+
 class LLM:
     """A loaded model with its tokenizer and engine; `load` makes one.
 
@@ -123,6 +178,8 @@ class LLM:
         *,
         engine: EngineConfig | None = None,
         dtype: Any = jnp.float32,
+        kv_dtype: Any = None,
+        implementation: str | None = None,
         load_report: LoadReport | None = None,
     ) -> None:
         engine = engine or EngineConfig(max_context=min(config.max_position, DEFAULT_MAX_CONTEXT))
@@ -133,7 +190,17 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         self.load_report = load_report
-        self._engine = Engine(Runner(config, params, engine, Plain(), dtype=dtype, cache_dtype=dtype))
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        runner = Runner(
+            config,
+            params,
+            engine,
+            Plain(implementation),
+            dtype=dtype,
+            cache_dtype=kv_dtype,
+            implementation=implementation,
+        )
+        self._engine = Engine(runner)
         self._template: ChatTemplate | None = None
 
     @property

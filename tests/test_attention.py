@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels import attention
-from fusedllm.model.cache import write_pages
+from fusedllm.kernels.write_pages import write_pages
 
 paged_attention = jax.jit(attention.paged_attention, static_argnames=("window", "implementation"))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fusedllm
+from fusedllm.kernels import native
 
 STORED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "smollm2.json").read_text(encoding="utf-8"))
 CHATS: list[dict[str, Any]] = STORED["chats"]
@@ -74,12 +75,24 @@ def test_perplexity_equals_hf(smollm2: fusedllm.LLM) -> None:
 
 
 def test_quantized_matrices_give_the_logits_of_the_dequantized_ones(smollm2: fusedllm.LLM) -> None:
-    quantized = fusedllm.load("smollm2-135m", dtype="float32", keep_quantized=True)
+    quantized = fusedllm.load("smollm2-135m", dtype="float32", keep_quantized=True, implementation="xla")
     assert quantized.load_report is not None
     assert quantized.load_report.bytes < smollm2.load_report.bytes / 5
     ids = CHATS[0]["prompt_ids"][:16]
     # The same float32 values enter the same products, whether they are decoded at load or in the program.
     np.testing.assert_allclose(quantized.logits(ids), smollm2.logits(ids), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_the_quantized_model_on_native_kernels_is_as_good(kv_dtype: str) -> None:
+    packed = fusedllm.load("smollm2-135m", kv_dtype=kv_dtype)
+    assert packed.load_report is not None
+    assert packed.load_report.bytes < 1.01 * 98_362_432
+    stored = STORED["perplexity"]
+    # Half a percent is what rounding activations to eight bits, and the cache to 16 or 8, may cost.
+    assert packed.perplexity(stored["ids"], window=stored["window"]) == pytest.approx(stored["value"], rel=0.005)
 
 
 @pytest.mark.parametrize("stop", ["city", " the", ", the city of"])

@@ -21,6 +21,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a name of `fusedllm models`, a file or directory, or a Hub repository (default {DEFAULT_CKPT})",
     )
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument(
+        "--kv-dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "int8"], help="of the KV cache"
+    )
+    group.add_argument(
+        "--implementation", choices=["xla", "ffi"], help="of the kernels (default: the best; ffi is native, on the CPU)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="of the native kernels (default: all cores)")
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
 
@@ -32,6 +39,9 @@ def load_model(options: argparse.Namespace) -> LLM:
     return load(
         options.ckpt,
         dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        implementation=options.implementation,
+        threads=options.threads,
         max_context=options.max_context,
         random_weights=options.random_weights,
         progress=True,

@@ -59,6 +59,7 @@ class Programs:
     config: ModelConfig
     placement: Placement
     dtype: DTypeLike
+    implementation: str | None = None
 
     def prefill(
         self,
@@ -162,14 +163,23 @@ class Programs:
         only: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         return forward(
-            self.config, self.placement, params, cache, tokens, start, page_table, dtype=self.dtype, only=only
+            self.config,
+            self.placement,
+            params,
+            cache,
+            tokens,
+            start,
+            page_table,
+            dtype=self.dtype,
+            only=only,
+            implementation=self.implementation,
         )
 
     def _draw(self, params: Params, slots: SlotState, hidden: jax.Array) -> tuple[jax.Array, Logprobs]:
         rows = vocabulary_logits(self.placement, params, hidden)
 
         def choose(rows: jax.Array, slots: SlotState) -> tuple[jax.Array, Logprobs]:
-            token = sample(rows, slots.sampling, slots.generated)
+            token = sample(rows, slots.sampling, slots.generated, implementation=self.implementation)
             wanted = jnp.any(slots.wants_logprobs & slots.active)
             return token, lax.cond(
                 wanted,

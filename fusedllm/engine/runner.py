@@ -50,6 +50,7 @@ class Runner:
         *,
         dtype: DTypeLike,
         cache_dtype: DTypeLike,
+        implementation: str | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -61,7 +62,7 @@ class Runner:
         self._stops = SamplingParams.MAX_STOP_TOKEN_IDS + max(len(config.eos_token_ids), 1)
         self._compiled: set[str] = set()
         self._slots: dict[int, SlotState] = {}
-        programs = Programs(config, placement, jnp.dtype(dtype))
+        programs = Programs(config, placement, jnp.dtype(dtype), implementation)
         self._prefill = jax.jit(programs.prefill, donate_argnums=1)
         self._logits = jax.jit(programs.logits, donate_argnums=1)
         self._score = jax.jit(programs.score, donate_argnums=1)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from fusedllm.kernels.choose import choose
 
@@ -23,11 +23,12 @@ MASKED = -1e30
 
 def paged_attention(
     q: Float[Array, "batch seq heads head_dim"],
-    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "pages kv_heads page_size head_dim"],
+    v_pages: Shaped[Array, "pages kv_heads page_size head_dim"],
     page_table: Int[Array, "batch table"],
     start: Int[Array, " batch"],
     *,
+    scales: tuple[Float[Array, "pages kv_heads page_size"], ...] | None = None,
     window: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -36,18 +37,25 @@ def paged_attention(
     With `window` it sees only the latest `window` positions, its own included. Scores, softmax and sums are float32,
     combined block by block (online softmax, arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Keys and values of
     the queries themselves must be in the pages already. Position `p` of a row lies in page `page_table[row, p //
-    page_size]`. Heads are grouped: query head `h` reads kv head `h // (heads // kv_heads)` (arXiv:2305.13245).
+    page_size]`. Heads are grouped: query head `h` reads kv head `h // (heads // kv_heads)` (arXiv:2305.13245). With
+    `scales`, of K and of V, what the pages hold is multiplied by its position's.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist.
     """
     return choose("paged_attention", {"xla": _attention_xla}, implementation)(
-        q, k_pages, v_pages, page_table, start, window
+        q, k_pages, v_pages, page_table, start, scales, window
     )
 
 
 def _attention_xla(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array, window: int | None
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    start: jax.Array,
+    scales: tuple[jax.Array, ...] | None,
+    window: int | None,
 ) -> jax.Array:
     batch, seq, heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
@@ -60,33 +68,41 @@ def _attention_xla(
     blocks = []
     for first in range(0, seq, QUERY_BLOCK):
         part = grouped[:, first : first + QUERY_BLOCK]
-        blocks.append(_query_block(part, k_pages, v_pages, table, start + first, pages_per_block, window))
+        blocks.append(_query_block(part, (k_pages, v_pages), scales, table, start + first, pages_per_block, window))
     return jnp.concatenate(blocks, axis=1).reshape(batch, seq, heads, head_dim)
 
 
 def _query_block(
     q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    pages: tuple[jax.Array, jax.Array],
+    scales: tuple[jax.Array, ...] | None,
     table: jax.Array,
     start: jax.Array,
     pages_per_block: int,
     window: int | None,
 ) -> jax.Array:
     batch, seq, kv_heads, group, head_dim = q.shape
-    block = pages_per_block * k_pages.shape[2]
+    block = pages_per_block * pages[0].shape[2]
     q_position = start[:, None] + jnp.arange(seq)
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * seq, head_dim)
+    # A narrow cache is widened to the queries' precision, never the other way round.
+    wide = jnp.promote_types(q.dtype, pages[0].dtype)
+    precision = lax.Precision.HIGHEST if wide == jnp.float32 else None
+    out_dtype = q.dtype
+    q = q.astype(wide).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * seq, head_dim)
+
+    def read(ids: jax.Array, of: int) -> jax.Array:
+        """Keys or values of a block: [batch, pages, kv_heads, page_size, ...] -> [batch, kv_heads, block, ...]."""
+        numbers = pages[of][ids].swapaxes(1, 2).reshape(batch, kv_heads, block, head_dim).astype(wide)
+        if scales is None:
+            return numbers
+        return numbers * scales[of][ids].swapaxes(1, 2).reshape(batch, kv_heads, block, 1).astype(wide)
 
     def visit(
         index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         total, weight_sum, highest = carry
         ids = lax.dynamic_slice_in_dim(table, index * pages_per_block, pages_per_block, axis=1)
-        # [batch, pages, kv_heads, page_size, head_dim] -> [batch, kv_heads, block, head_dim]
-        k = k_pages[ids].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, block, head_dim)
-        v = v_pages[ids].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, block, head_dim)
+        k, v = (read(ids, of) for of in range(2))
         k_position = index * block + jnp.arange(block)
         # What an earlier request left in a page may be no number, which a weight of zero would not silence.
         v = jnp.where((k_position <= q_position[:, -1:])[:, None, :, None], v, 0)
@@ -103,7 +119,7 @@ def _query_block(
         rescale = jnp.exp(highest - new_highest)
         partial = jnp.einsum(
             "bkqt,bktd->bkqd",
-            weights.astype(v.dtype).reshape(batch, kv_heads, group * seq, block),
+            weights.astype(wide).reshape(batch, kv_heads, group * seq, block),
             v,
             precision=precision,
             preferred_element_type=jnp.float32,
@@ -121,4 +137,4 @@ def _query_block(
     end = jnp.minimum(last_block + 1, table.shape[1] // pages_per_block)
     total, weight_sum, _ = lax.fori_loop(first_block, end, visit, initial)
     # [batch, kv_heads, group, seq, head_dim] -> [batch, seq, kv_heads, group, head_dim]
-    return (total / weight_sum[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+    return (total / weight_sum[..., None]).transpose(0, 3, 1, 2, 4).astype(out_dtype)

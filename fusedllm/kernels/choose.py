@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 
 from fusedllm.errors import ImplementationError
+from fusedllm.kernels import native
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -23,13 +24,21 @@ def choose(operation: str, implementations: Mapping[str, Function], implementati
     """The function to run for `implementation`, or for the default backend where it is `None`.
 
     Raises:
-      ImplementationError: the operation has no implementation of that name.
+      ImplementationError: the operation has no implementation of that name, or it can't run here.
     """
+    backend = jax.default_backend()
     if implementation is None:
-        preferred = PREFERENCE.get(jax.default_backend(), ("xla",))
-        implementation = next(name for name in preferred if name in implementations)
+        preferred = PREFERENCE.get(backend, ("xla",))
+        implementation = next(
+            name for name in preferred if name in implementations and (name != "ffi" or native.available())
+        )
     if implementation not in implementations:
         raise ImplementationError(
             f"{operation} has no implementation {implementation!r}; it has: {', '.join(sorted(implementations))}."
         )
+    if implementation == "ffi":
+        if backend != "cpu":
+            raise ImplementationError(f"{operation}: the implementation 'ffi' runs on the CPU, jax runs on: {backend}.")
+        if problem := native.why_unavailable():
+            raise ImplementationError(f"{operation}: the implementation 'ffi' can't run: {problem}.")
     return implementations[implementation]

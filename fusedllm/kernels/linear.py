@@ -1,13 +1,16 @@
-"""`linear`: the product of activations with a weight matrix `[out, in]`, plain or quantized."""
+"""`linear`: the products of activations with weight matrices `[out, in]`, plain or quantized."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
+from fusedllm.kernels.packed import PLAIN_NUMBERS, packed_scheme
 from fusedllm.qarray import QuantArray
 
 # Up to here the rows go to the right-hand side on the CPU: `W @ x.T` reads W along its rows at twice to four times the
@@ -17,20 +20,32 @@ FEW_ROWS = 32
 
 def linear(
     x: Float[Array, "*rows in"],
-    weight: Float[Array, "out in"] | QuantArray,
-    *,
+    *weights: Float[Array, "_ in"] | QuantArray,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*rows out"]:
-    """`x @ weight.T`, accumulated in float32, in `out_dtype` (by default that of `x`).
+) -> tuple[Float[Array, "*rows _"], ...]:
+    """`x @ weight.T` for each of `weights`, accumulated in float32, in `out_dtype` (by default that of `x`).
+
+    With packed weights the native implementation (`"ffi"`) rounds the activations to eight bits in groups of 32; every
+    sum of products is exact then. All other products take the activations as they are. A weight of a kind that the
+    native implementation does not read is left to XLA where nothing was asked for.
 
     Raises:
-      ImplementationError: `implementation` names one that does not exist.
+      ImplementationError: `implementation` names one that does not exist, can't run here, or can't read a weight.
     """
-    return choose("linear", {"xla": _linear_xla}, implementation)(x, weight, out_dtype or x.dtype)
+    return choose("linear", {"xla": _linear_xla, "ffi": _linear_ffi}, implementation)(
+        x, weights, out_dtype or x.dtype, implementation is not None
+    )
 
 
-def _linear_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeLike) -> jax.Array:
+def _linear_xla(
+    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, strict: bool
+) -> tuple[jax.Array, ...]:
+    del strict
+    return tuple(_product_xla(x, weight, out_dtype) for weight in weights)
+
+
+def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeLike) -> jax.Array:
     matrix = weight.dequantize(x.dtype) if isinstance(weight, QuantArray) else weight.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # The default lets a GPU round float32 operands to TF32.
@@ -40,3 +55,45 @@ def _linear_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeLi
     else:
         product = jnp.dot(rows, matrix.T, precision=precision, preferred_element_type=jnp.float32)
     return product.astype(out_dtype).reshape(*x.shape[:-1], matrix.shape[0])
+
+
+def _linear_ffi(
+    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, strict: bool
+) -> tuple[jax.Array, ...]:
+    native = [weight for weight in weights if _format_number(weight) is not None]
+    if strict and len(native) < len(weights):
+        raise ImplementationError(
+            "linear: the implementation 'ffi' reads packed and floating-point weights; got "
+            + ", ".join(_kind(weight) for weight in weights if _format_number(weight) is None)
+            + "."
+        )
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    outs = [jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32) for weight in native]
+    call = jax.ffi.ffi_call("fusedllm_linear", outs)
+    products = iter(
+        call(
+            rows,
+            *(weight.values if isinstance(weight, QuantArray) else weight for weight in native),
+            formats=np.asarray([_format_number(weight) for weight in native], np.int32),
+            rows=np.asarray([weight.shape[0] for weight in native], np.int64),
+        )
+        if native
+        else ()
+    )
+    return tuple(
+        _product_xla(x, weight, out_dtype)
+        if _format_number(weight) is None
+        else next(products).astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+        for weight in weights
+    )
+
+
+def _format_number(weight: jax.Array | QuantArray) -> int | None:
+    if isinstance(weight, QuantArray):
+        scheme = packed_scheme(weight)
+        return None if scheme is None else scheme.number
+    return PLAIN_NUMBERS.get(weight.dtype.name)
+
+
+def _kind(weight: jax.Array | QuantArray) -> str:
+    return weight.scheme.name if isinstance(weight, QuantArray) else str(weight.dtype)

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
 from fusedllm.config import ModelConfig
+from fusedllm.kernels.write_pages import NULL_PAGE
 
-# Writes of padding and of finished requests go here; no page table hands it out.
-NULL_PAGE = 0
+__all__ = ["NULL_PAGE", "KVCache", "cache_shape", "empty_cache"]
 
 
 @flax.struct.dataclass
 class KVCache:
-    """`k[layer]` and `v[layer]` are `[pages, kv_heads, page_size, head_dim]`."""
+    """`k[layer]` and `v[layer]` are `[pages, kv_heads, page_size, head_dim]`.
+
+    A cache of int8 has float32 scales of both, `[pages, kv_heads, page_size]`; any other has none.
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    k_scales: tuple[jax.Array, ...] = ()
+    v_scales: tuple[jax.Array, ...] = ()
+
+    def of_layer(self, layer: int) -> tuple[jax.Array, ...]:
+        """The layer's arrays, as `cached_attention` takes them."""
+        return tuple(arrays[layer] for arrays in (self.k, self.v, self.k_scales, self.v_scales) if arrays)
+
+    @staticmethod
+    def of_layers(layers: Sequence[tuple[jax.Array, ...]]) -> KVCache:
+        """The cache of which `layers` are the arrays, as `cached_attention` returns them."""
+        return KVCache(*zip(*layers, strict=True))
 
 
 def cache_shape(config: ModelConfig, pages: int, page_size: int) -> tuple[int, int, int, int]:
@@ -28,40 +43,18 @@ def cache_shape(config: ModelConfig, pages: int, page_size: int) -> tuple[int, i
 
 
 def empty_cache(config: ModelConfig, pages: int, page_size: int, dtype: DTypeLike) -> KVCache:
-    """A cache of zeros; page `NULL_PAGE` is one of `pages`."""
+    """A cache of zeros, with scales if `dtype` is int8; page `NULL_PAGE` is one of `pages`."""
     shape = cache_shape(config, pages, page_size)
+
+    def layers(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    if jnp.dtype(dtype) != jnp.int8:
+        return KVCache(k=layers(shape, dtype), v=layers(shape, dtype))
+    scales = shape[:-1]
     return KVCache(
-        k=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        v=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+        k=layers(shape, dtype),
+        v=layers(shape, dtype),
+        k_scales=layers(scales, jnp.float32),
+        v_scales=layers(scales, jnp.float32),
     )
-
-
-def write_pages(
-    pages: Float[Array, "pages kv_heads page_size head_dim"],
-    values: Float[Array, "batch seq kv_heads head_dim"],
-    page_table: Int[Array, "batch table"],
-    start: Int[Array, " batch"],
-) -> Float[Array, "pages kv_heads page_size head_dim"]:
-    """`pages` with `values` at positions `start, start + 1, ...` of each row.
-
-    Where `seq` is a multiple of the page size, each `start` must be one too: whole pages are written then, which takes
-    a scatter of `seq / page_size` rather than `seq` windows. Positions past the table's end go to the null page.
-    """
-    page_size = pages.shape[2]
-    batch, seq, kv_heads, head_dim = values.shape
-    values = values.astype(pages.dtype)
-    if seq % page_size == 0:
-        count = seq // page_size
-        index = start[:, None] // page_size + jnp.arange(count)
-        ids = _look_up(page_table, index).reshape(-1)
-        whole = values.reshape(batch, count, page_size, kv_heads, head_dim).transpose(0, 1, 3, 2, 4)
-        return pages.at[ids].set(whole.reshape(-1, kv_heads, page_size, head_dim), mode="promise_in_bounds")
-    position = start[:, None] + jnp.arange(seq)
-    ids = _look_up(page_table, position // page_size)
-    return pages.at[ids, :, position % page_size].set(values, mode="promise_in_bounds")
-
-
-def _look_up(page_table: jax.Array, index: jax.Array) -> jax.Array:
-    inside = index < page_table.shape[1]
-    found = jnp.take_along_axis(page_table, jnp.where(inside, index, 0), axis=1, mode="promise_in_bounds")
-    return jnp.where(inside, found, NULL_PAGE)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: inverse frequencies with their scalings, angles, and the rotation."""
+"""Rotary position embedding: inverse frequencies with their scalings, and angles."""
 
 from __future__ import annotations
 
@@ -46,17 +46,6 @@ def cos_sin(
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(rope, head_dim))
     factor = attention_factor(rope)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(
-    x: Float[Array, "batch seq heads head_dim"],
-    cos: Float[Array, "batch seq half"],
-    sin: Float[Array, "batch seq half"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """`x` with element `i` and element `i + head_dim / 2` rotated as a pair (HF's layout), computed in float32."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:

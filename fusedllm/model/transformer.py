@@ -8,12 +8,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusedllm.config import ModelConfig
-from fusedllm.kernels.attention import paged_attention
+from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.embed import embed
-from fusedllm.model.cache import KVCache, write_pages
+from fusedllm.model.cache import KVCache
 from fusedllm.model.params import LayerParams, Params
 from fusedllm.model.placement import Placement, Site
-from fusedllm.model.rope import cos_sin, rotate
+from fusedllm.model.rope import cos_sin
 
 
 def rms_norm(x: Float[Array, "*rows width"], weight: Float[Array, " width"], eps: float) -> Float[Array, "*rows width"]:
@@ -34,41 +34,49 @@ def forward(
     *,
     dtype: DTypeLike,
     only: Int[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "batch selected hidden"], KVCache]:
     """Runs `tokens` at positions `start, start + 1, ...` through the stack.
 
     With `only` just that token of each row leaves the last layer's attention: of the others the cache keeps all that
-    later tokens will read.
+    later tokens will read. `implementation` is that of the kernels outside of `placement.linear`.
 
     Returns:
       The normed hidden states, ready for `vocabulary_logits`, and the cache with the tokens' keys and values in it.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    x = placement.protected(Site("embedding"), lambda table, ids: embed(table, ids, dtype), params.embedding, tokens)
+    # Of a plain table there is no other gather than XLA's, whatever was asked for.
+    gather = None if implementation == "ffi" else implementation
+    x = placement.protected(
+        Site("embedding"),
+        lambda table, ids: embed(table, ids, dtype, implementation=gather),
+        params.embedding,
+        tokens,
+    )
     angles = placement.protected(Site("rope"), lambda at: cos_sin(config.rope, config.head_dim, at), positions)
     # Traced once for all layers that share a window and a key, not once a layer; XLA inlines the calls.
-    run_layer = jax.jit(decoder_layer, static_argnames=("config", "placement", "window", "key"))
-    keys, values = [], []
+    run_layer = jax.jit(decoder_layer, static_argnames=("config", "placement", "window", "key", "implementation"))
+    layers = []
     for index, layer in enumerate(params.layers):
-        x, (k_pages, v_pages) = run_layer(
+        x, pages = run_layer(
             config,
             placement,
             layer,
             x,
-            (cache.k[index], cache.v[index]),
+            cache.of_layer(index),
             angles,
             start,
             page_table,
             only if index == config.num_layers - 1 else None,
             window=config.sliding_windows[index],
             key=placement.layer_key(index),
+            implementation=implementation,
         )
-        keys.append(k_pages)
-        values.append(v_pages)
+        layers.append(pages)
     x = placement.protected(
         Site("final_norm"), lambda x, weight: rms_norm(x, weight, config.rms_norm_eps), x, params.final_norm
     )
-    return x, KVCache(k=tuple(keys), v=tuple(values))
+    return x, KVCache.of_layers(layers)
 
 
 def decoder_layer(
@@ -76,7 +84,7 @@ def decoder_layer(
     placement: Placement,
     layer: LayerParams,
     x: Float[Array, "batch seq hidden"],
-    pages: tuple[jax.Array, jax.Array],
+    pages: tuple[jax.Array, ...],
     angles: tuple[jax.Array, jax.Array],
     start: Int[Array, " batch"],
     page_table: Int[Array, "batch table"],
@@ -84,14 +92,15 @@ def decoder_layer(
     *,
     window: int | None,
     key: int | None,
-) -> tuple[Float[Array, "batch selected hidden"], tuple[jax.Array, jax.Array]]:
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch selected hidden"], tuple[jax.Array, ...]]:
     """One pre-norm decoder layer (LLaMA, arXiv:2302.13971): attention and SwiGLU, each added to the residual.
 
     With `only` just that token goes on after the attention. `window` is the layer's sliding window, `key` what the
     placement wants to know of its place.
 
     Returns:
-      The residual stream, and the layer's K and V pages with the new positions written.
+      The residual stream, and the layer's part of the cache with the new positions written.
     """
     eps, head_dim = config.rms_norm_eps, config.head_dim
 
@@ -100,17 +109,17 @@ def decoder_layer(
         return split if norm is None else rms_norm(split, norm, eps)
 
     def attend(
-        x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, jax.Array], layer: LayerParams
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-        q = rotate(heads(q, layer.q_bias, layer.q_norm), *angles)
-        k = rotate(heads(k, layer.k_bias, layer.k_norm), *angles)
-        k_pages = write_pages(pages[0], k, page_table, start)
-        v_pages = write_pages(pages[1], heads(v, layer.v_bias, None), page_table, start)
-        mixed = paged_attention(q, k_pages, v_pages, page_table, start, window=window)
+        x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, ...], layer: LayerParams
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        q, k = heads(q, layer.q_bias, layer.q_norm), heads(k, layer.k_bias, layer.k_norm)
+        v = heads(v, layer.v_bias, None)
+        mixed, pages = cached_attention(
+            q, k, v, *angles, pages, page_table, start, window=window, implementation=implementation
+        )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         if only is not None:
             x, mixed = (jax.lax.dynamic_slice_in_dim(rows, only, 1, axis=1) for rows in (x, mixed))
-        return x, mixed, (k_pages, v_pages)
+        return x, mixed, pages
 
     def after_attention(x: jax.Array, o: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array]:
         x = x + _biased(o, layer.o_bias)

@@ -31,7 +31,7 @@ class Plain:
     def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Traced where it is called."""
         with jax.named_scope(site.name):
-            return tuple(linear(x, weight, implementation=self.implementation) for weight in weights)
+            return linear(x, *weights, implementation=self.implementation)
 
     def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
         """Traced where it is called."""

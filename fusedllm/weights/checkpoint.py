@@ -38,10 +38,14 @@ class LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model at rest: its configuration, its tensors by name, its tokenizer if it has one, and where it came from."""
+    """A model at rest: its configuration, its tensors by name, its tokenizer if it has one, and where it came from.
+
+    `release` lets go of the memory that reading has filled with the file's pages; they are read again where needed.
+    """
 
     config: ModelConfig
     tensors: Mapping[str, LazyTensor]
     tokenizer: TokenizerData | None
     format: str
     path: Path
+    release: Callable[[], object] = lambda: None

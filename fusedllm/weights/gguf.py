@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ from fusedllm.quant.blocks import SCHEMES
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.gguf_config import ARCHITECTURES, config_from_gguf
 from fusedllm.weights.gguf_header import Header, TensorEntry, read_header
-from fusedllm.weights.mapped import array_at
+from fusedllm.weights.mapped import array_at, release_pages
 
 # GGUF's names and HF's; what is in neither table keeps its own name, and the loader refuses it by that.
 _TOP = {
@@ -74,7 +75,8 @@ def read(path: Path) -> Checkpoint:
         if tensor.name in tensors:
             raise CheckpointError(f"{path} has two tensors for {tensor.name}.")
         tensors[tensor.name] = tensor
-    return Checkpoint(config, tensors, tokenizer_from_gguf(header.metadata), "gguf", path)
+    tokenizer = tokenizer_from_gguf(header.metadata)
+    return Checkpoint(config, tensors, tokenizer, "gguf", path, partial(release_pages, header.data))
 
 
 def _rope_freqs(header: Header) -> np.ndarray | None:
@@ -124,9 +126,8 @@ def _tensor(data: np.ndarray, entry: TensorEntry, heads: int | None, head_dim: i
         return raw if heads is None else _unpermute(raw, heads)
 
     def read_quantized() -> QuantArray:
-        import jax
-
-        return QuantArray(jax.device_put(blocks()), None, None, scheme, entry.shape)
+        # NumPy's array where a program will see jax's: who loads it decides where it is put.
+        return QuantArray(cast("Any", blocks()), None, None, scheme, entry.shape)
 
     return LazyTensor(
         name,

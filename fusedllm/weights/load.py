@@ -6,7 +6,7 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fusedllm.config import ModelConfig
 from fusedllm.errors import CheckpointError
+from fusedllm.kernels.packed import SCHEMES, can_pack, pack_blocks, packed_shape
 from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
 from fusedllm.qarray import QuantArray
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
@@ -27,6 +28,8 @@ from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 ALIGNMENT = 64
 # NumPy lets go of the interpreter while it casts and copies; two threads reach the memory's limit on small machines.
 THREADS = 2
+# The pages of a file that is packed are let go of each time that so many bytes have been read.
+RELEASE_BYTES = 256 * 2**20
 
 # Tensors that some exporters write and that are not parameters: they are computed from the configuration.
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -62,6 +65,7 @@ def load_params(
     *,
     dtype: DTypeLike | None = None,
     keep_quantized: bool = False,
+    pack: bool = False,
     device: jax.Device | None = None,
     progress: bool = False,
 ) -> tuple[Params, LoadReport]:
@@ -81,7 +85,9 @@ def load_params(
     loader = _Loader(
         dtype=None if dtype is None else np.dtype(dtype),
         keep_quantized=keep_quantized,
+        pack=pack,
         device=device or jax.devices()[0],
+        release=checkpoint.release,
     )
     total = sum(checkpoint.tensors[name].nbytes for name in wanted)
     arrays: dict[str, Any] = {}
@@ -99,6 +105,7 @@ def load_params(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    checkpoint.release()
     params = map_specs(lambda spec: arrays[spec.name], describe(checkpoint.config))
     report = LoadReport(
         tensors=len(arrays),
@@ -149,20 +156,47 @@ def _can_be_ignored(name: str, config: ModelConfig) -> bool:
 class _Loader:
     dtype: np.dtype | None
     keep_quantized: bool
+    pack: bool
     device: jax.Device
+    release: Callable[[], object]
+    unreleased: int = 0
     copies: dict[str, int] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def load(self, tensor: LazyTensor) -> jax.Array | QuantArray:
-        if self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2:
-            blocks = tensor.read_quantized()
-            placed: QuantArray = jax.tree.map(lambda leaf: self._put(np.asarray(leaf), leaf.dtype), blocks)
+        reads_blocks = self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2
+        if reads_blocks and self.pack:
+            if can_pack(str(tensor.quantization), tensor.shape):
+                return self._packed(tensor)
+            return self._put(tensor.read(), np.dtype(np.float16), f"dequantized from {tensor.quantization}")
+        if reads_blocks:
+            assert tensor.read_quantized is not None
+            placed: QuantArray = jax.tree.map(lambda leaf: self._put(leaf, leaf.dtype), tensor.read_quantized())
             return placed
         values = tensor.read()
         if values.shape != tensor.shape:
             raise CheckpointError(f"{tensor.name!r} was read as {list(values.shape)} and not as {list(tensor.shape)}.")
         reason = f"dequantized from {tensor.quantization}" if tensor.quantization else None
         return self._put(values, values.dtype if self.dtype is None else self.dtype, reason)
+
+    def _packed(self, tensor: LazyTensor) -> QuantArray:
+        name = str(tensor.quantization)
+        assert tensor.read_quantized is not None
+        blocks = np.ascontiguousarray(tensor.read_quantized().values)
+        packed = aligned_empty(packed_shape(name, tensor.shape), np.dtype(np.uint8))
+        pack_blocks(name, tensor.shape, blocks, packed)
+        values = self._put(packed, packed.dtype, f"packed from {name}")
+        self._count_released(blocks.nbytes)
+        return QuantArray(values, None, None, SCHEMES[name], tensor.shape)
+
+    def _count_released(self, nbytes: int) -> None:
+        """Lets go of the file's pages now and then: what is packed is not read again."""
+        with self.lock:
+            self.unreleased += nbytes
+            if self.unreleased < RELEASE_BYTES:
+                return
+            self.unreleased = 0
+        self.release()
 
     def _put(self, values: np.ndarray, dtype: np.dtype, reason: str | None = None) -> jax.Array:
         if values.dtype != dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ def map_file(path: Path, at_least: int, what: str) -> np.ndarray:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
     except ValueError as error:  # a null byte in the path, or a file that shrank since it was measured
         raise CheckpointError(f"{path} can't be read: {error}.") from error
+
+
+def release_pages(data: np.ndarray) -> None:
+    """Takes the pages of `data`, made by `map_file`, out of this process's memory; the next access brings them back."""
+    mapped = getattr(data.base, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def array_at(data: np.ndarray, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

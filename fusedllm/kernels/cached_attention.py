@@ -1,0 +1,125 @@
+"""`cached_attention`: rotates new queries and keys, puts keys and values into the cache, and attends over it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from fusedllm.errors import ImplementationError
+from fusedllm.kernels.attention import paged_attention
+from fusedllm.kernels.choose import choose
+from fusedllm.kernels.rotate import rotate
+from fusedllm.kernels.write_pages import write_pages
+
+# K and V, and for int8 the scales of K and of V.
+Pages = tuple[jax.Array, ...]
+
+# What the native implementation reads and writes, beside int8 with its scales.
+NATIVE_DTYPES = ("bfloat16", "float16", "float32", "int8")
+
+# The largest code of int8. -128 is left out, so that a number and its negative have the same magnitude.
+MOST = 127
+
+
+def cached_attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    cos: Float[Array, "batch seq half"],
+    sin: Float[Array, "batch seq half"],
+    pages: tuple[Shaped[Array, "pages kv_heads page_size *_"], ...],
+    page_table: Int[Array, "batch table"],
+    start: Int[Array, " batch"],
+    *,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch seq heads head_dim"], tuple[Shaped[Array, "pages kv_heads page_size *_"], ...]]:
+    """Attention of new positions, and the cache with their keys and values in it.
+
+    `q` and `k` are not rotated yet; `cos` and `sin` are those of positions `start, start + 1, ...`. `pages` is a
+    layer's cache: K and V `[pages kv_heads page_size head_dim]`, and where they are int8 the scales of K and of V,
+    float32 `[pages kv_heads page_size]`. Keys and values are rounded to the cache's dtype and attended to as they are
+    there. int8 is symmetric, with a scale for each position and head: its largest magnitude / 127. What
+    `paged_attention` says of positions, window and heads holds here, and what `write_pages` says of `start`.
+
+    The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
+    and refuses positions below zero and pages that the cache does not have when it runs.
+
+    Raises:
+      ImplementationError: `implementation` names one that does not exist, can't run here, or can't read the cache.
+    """
+    return choose("cached_attention", {"xla": _cached_attention_xla, "ffi": _cached_attention_ffi}, implementation)(
+        q, k, v, cos, sin, pages, page_table, start, window, implementation is not None
+    )
+
+
+def _cached_attention_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    start: jax.Array,
+    window: int | None,
+    strict: bool,
+) -> tuple[jax.Array, Pages]:
+    del strict
+    # Wide, so that a key is rounded once.
+    new: tuple[jax.Array, ...] = (rotate(k.astype(jnp.float32), cos, sin), v.astype(jnp.float32))
+    if len(pages) == 4:
+        (k_codes, k_scales), (v_codes, v_scales) = map(_quantize, new)
+        new = k_codes, v_codes, k_scales, v_scales
+    pages = tuple(write_pages(old, values, page_table, start) for old, values in zip(pages, new, strict=True))
+    mixed = paged_attention(
+        rotate(q, cos, sin),
+        *pages[:2],
+        page_table,
+        start,
+        scales=pages[2:] or None,
+        window=window,
+        implementation="xla",
+    )
+    return mixed, pages
+
+
+def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes, and the scale of each position and head."""
+    scale = jnp.abs(x).max(axis=-1) * jnp.float32(1 / MOST)
+    # A scale that is no number, or infinite, alone makes what is read no number; the inverse of one below the least
+    # normal number might be infinite.
+    usable = ((scale >= jnp.finfo(jnp.float32).tiny) & jnp.isfinite(scale))[..., None]
+    codes = jnp.where(usable, jnp.round(x * (1 / scale)[..., None]), 0)
+    return jnp.clip(codes, -MOST, MOST).astype(jnp.int8), scale
+
+
+def _cached_attention_ffi(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    start: jax.Array,
+    window: int | None,
+    strict: bool,
+) -> tuple[jax.Array, Pages]:
+    if pages[0].dtype.name not in NATIVE_DTYPES:
+        if strict:
+            raise ImplementationError(
+                f"cached_attention: the implementation 'ffi' reads caches of {', '.join(NATIVE_DTYPES)}; "
+                f"got {pages[0].dtype.name}."
+            )
+        return _cached_attention_xla(q, k, v, cos, sin, pages, page_table, start, window, strict)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, cos, sin)]
+    positions = [x.astype(jnp.int32) for x in (page_table, start)]
+    results = (jax.ShapeDtypeStruct(q.shape, jnp.float32), *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages))
+    before = len(wide) + len(positions)
+    call = jax.ffi.ffi_call(
+        "fusedllm_attention", results, input_output_aliases={before + i: 1 + i for i in range(len(pages))}
+    )
+    mixed, *updated = call(*wide, *positions, *pages, window=window or 0)
+    return mixed.astype(q.dtype), tuple(updated)

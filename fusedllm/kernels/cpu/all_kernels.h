@@ -1,0 +1,15 @@
+// Every operation, and the table of them. Included once by each variant, inside its namespace.
+#include "quantize_kernel.h"
+#include "packed_product_kernel.h"
+#include "float_product_kernel.h"
+#include "exp_kernel.h"
+#include "cache_kernel.h"
+#include "prefill_attention_kernel.h"
+#include "lone_attention_kernel.h"
+#include "candidates_kernel.h"
+
+constexpr Kernels kTable = {
+    kName, token_block, quantize, interleave, packed_product, float_product, float_vector_product,
+    write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
+    merge_chunks, largest_of, sum_of_exponentials, collect_above,
+};

@@ -1,0 +1,202 @@
+// `fusedllm_linear`: the products of one array of activations with one or more weight matrices.
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "ffi_support.h"
+#include "isa.h"
+#include "packing.h"
+#include "pool.h"
+
+namespace fusedllm {
+namespace {
+
+constexpr int kMostProducts = 8;
+// Up to so many tokens plain weights are multiplied as their rows lie, one token after the other.
+constexpr int64_t kFewTokens = 8;
+// Loops are cut into this many parts for each thread, so that a thread that is interrupted holds up nobody.
+constexpr int64_t kPartsPerThread = 4;
+// Of a part's weights with many tokens: they stay in a core's second-level cache while all tokens pass.
+constexpr int64_t kCachedBytes = 256 * 1024;
+// Tokens are quantized by the caller alone up to this many elements, which takes less than waking the others.
+constexpr int64_t kFewElements = 16384;
+
+// How the work of one product is cut: `chunks` of panels times `token_parts` of tokens.
+struct Cut {
+  int64_t panels;
+  int64_t panels_a_chunk;
+  int64_t chunks;
+  int64_t tokens_a_part;
+  int64_t token_parts;
+  int64_t items() const { return chunks * token_parts; }
+};
+
+Cut cut(const Product& product, int64_t tokens, int64_t row_bytes, int64_t all_panels) {
+  const int64_t wanted = kPartsPerThread * Pool::instance().threads();
+  Cut result;
+  result.panels = (product.rows + kPanelRows - 1) / kPanelRows;
+  result.panels_a_chunk = std::max<int64_t>(1, all_panels / wanted);
+  result.tokens_a_part = tokens;
+  if (tokens > kFewTokens) {
+    const int64_t cached = std::max<int64_t>(1, kCachedBytes / (row_bytes * kPanelRows));
+    result.panels_a_chunk = std::min(result.panels_a_chunk, cached);
+    const int64_t chunks = (all_panels + result.panels_a_chunk - 1) / result.panels_a_chunk;
+    // Whole blocks of tokens: sixteen is a multiple of every variant's largest.
+    const int64_t parts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, chunks));
+    result.tokens_a_part = std::max<int64_t>(16, ((tokens + parts - 1) / parts + 15) / 16 * 16);
+  }
+  result.chunks = (result.panels + result.panels_a_chunk - 1) / result.panels_a_chunk;
+  result.token_parts = (tokens + result.tokens_a_part - 1) / result.tokens_a_part;
+  return result;
+}
+
+class Linear {
+ public:
+  Linear(const float* x, int64_t tokens, int64_t width) : x_(x), tokens_(tokens), width_(width) {}
+
+  void add(const Product& product) {
+    products_[count_++] = product;
+    (is_packed(product.format) ? packed_ : plain_) = true;
+  }
+
+  void run() {
+    prepare();
+    int64_t all_panels = 0;
+    for (int i = 0; i < count_; ++i) all_panels += (products_[i].rows + kPanelRows - 1) / kPanelRows;
+    std::array<Cut, kMostProducts> cuts;
+    int64_t items = 0;
+    for (int i = 0; i < count_; ++i) {
+      const Product& product = products_[i];
+      const int64_t row_bytes = is_packed(product.format) ? panel_bytes(product.format, width_) / kPanelRows : width_ * 4;
+      cuts[i] = cut(product, tokens_, row_bytes, all_panels);
+      items += cuts[i].items();
+    }
+    Pool::instance().run(items, [&](int64_t item) {
+      int i = 0;
+      while (item >= cuts[i].items()) item -= cuts[i++].items();
+      multiply(products_[i], cuts[i], item % cuts[i].chunks, item / cuts[i].chunks);
+    });
+  }
+
+ private:
+  // Quantizes or interleaves the activations, as the products ask.
+  void prepare() {
+    const Kernels& kernels = fusedllm::kernels();
+    const auto over_tokens = [&](const auto& body) {
+      if (tokens_ * width_ <= kFewElements) return body(0, tokens_);
+      constexpr int64_t kTokens = 16;
+      Pool::instance().run((tokens_ + kTokens - 1) / kTokens, [&](int64_t part) {
+        body(part * kTokens, std::min(tokens_, (part + 1) * kTokens));
+      });
+    };
+    if (packed_) {
+      const int64_t groups = width_ / kGroup, numbers = tokens_ * groups;
+      static thread_local Scratch scratch;
+      float* memory = scratch.of<float>(2 * numbers + tokens_ * width_ / 4);
+      quantized_ = {reinterpret_cast<int8_t*>(memory + 2 * numbers), memory, memory + numbers, tokens_, groups};
+      over_tokens([&](int64_t first, int64_t last) { kernels.quantize(x_, first, last, quantized_); });
+    }
+    if (plain_ && tokens_ > kFewTokens) {
+      static thread_local Scratch scratch;
+      interleaved_ = {scratch.of<float>(tokens_ * width_), tokens_, width_};
+      over_tokens([&](int64_t first, int64_t last) { kernels.interleave(x_, first, last, interleaved_); });
+    }
+  }
+
+  void multiply(const Product& product, const Cut& cut, int64_t chunk, int64_t token_part) const {
+    const Kernels& kernels = fusedllm::kernels();
+    const int64_t first = token_part * cut.tokens_a_part, last = std::min(tokens_, first + cut.tokens_a_part);
+    const int64_t first_panel = chunk * cut.panels_a_chunk;
+    const int64_t last_panel = std::min(cut.panels, first_panel + cut.panels_a_chunk);
+    if (is_packed(product.format)) {
+      kernels.packed_product(product, quantized_, first_panel, last_panel, first, last);
+    } else if (tokens_ > kFewTokens) {
+      static thread_local Scratch scratch;
+      kernels.float_product(product, interleaved_, first_panel, last_panel, first, last,
+                            scratch.of<float>(width_ * kPanelRows));
+    } else {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t row = panel * kPanelRows;
+        for (int64_t token = first; token < last; ++token) {
+          kernels.float_vector_product(product, x_ + token * width_, row, std::min(row + kPanelRows, product.rows),
+                                       product.out + token * product.rows);
+        }
+      }
+    }
+  }
+
+  const float* x_;
+  int64_t tokens_;
+  int64_t width_;
+  int count_ = 0;
+  bool packed_ = false;
+  bool plain_ = false;
+  std::array<Product, kMostProducts> products_;
+  Activations quantized_{};
+  FloatActivations interleaved_{};
+};
+
+ffi::Error check_weight(int index, Format format, const ffi::AnyBuffer& weight, int64_t rows, int64_t width) {
+  const std::string name = "linear: weight " + std::to_string(index);
+  if (is_packed(format)) {
+    const int64_t bytes = fusedllm_packed_bytes(static_cast<int32_t>(format), rows, width);
+    if (bytes < 0) return refuse(name + " is packed, so rows must be positive and columns a multiple of 32.");
+    if (weight.element_type() != ffi::U8 || static_cast<int64_t>(weight.element_count()) != bytes) {
+      return refuse(name + " must be " + std::to_string(bytes) + " bytes of uint8, as its format packs them.");
+    }
+    return ffi::Error::Success();
+  }
+  const ffi::DataType dtype =
+      format == Format::kFloat32 ? ffi::F32 : (format == Format::kFloat16 ? ffi::F16 : ffi::BF16);
+  if (weight.element_type() != dtype) {
+    return refuse(name + " does not have the dtype of its format.");
+  }
+  if (static_cast<int64_t>(weight.element_count()) != rows * width) {
+    return refuse(name + " does not have as many elements as its rows and columns make.");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets results,
+                  ffi::Span<const int32_t> formats, ffi::Span<const int64_t> rows) try {
+  const auto dimensions = x.dimensions();
+  if (x.element_type() != ffi::F32 || dimensions.size() != 2) return refuse("linear: x must be float32 [tokens, in].");
+  const int64_t tokens = dimensions[0], width = dimensions[1];
+  const size_t count = weights.size();
+  if (count == 0 || count > kMostProducts || formats.size() != count || rows.size() != count ||
+      results.size() != count) {
+    return refuse("linear: 1 to 8 weights are taken, each with a format, a number of rows, and a result.");
+  }
+  Linear work(x.typed_data<float>(), tokens, width);
+  for (size_t i = 0; i < count; ++i) {
+    const auto weight = weights.get<ffi::AnyBuffer>(i);
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (weight.has_error() || result.has_error()) return refuse("linear: an operand can't be read.");
+    const int32_t number = formats.begin()[i];
+    if (number < 0 || number >= kFormats) return refuse("linear: no format has the number " + std::to_string(number) + ".");
+    const Format format = static_cast<Format>(number);
+    const int64_t height = rows.begin()[i];
+    if (height <= 0 || width <= 0) return refuse("linear: a matrix has rows and columns.");
+    if (ffi::Error error = check_weight(static_cast<int>(i), format, *weight, height, width); error.failure()) return error;
+    ffi::AnyBuffer out = **result;
+    if (out.element_type() != ffi::F32 || static_cast<int64_t>(out.element_count()) != tokens * height) {
+      return refuse("linear: result " + std::to_string(i) + " must be float32 [tokens, rows].");
+    }
+    work.add({static_cast<const uint8_t*>(weight->untyped_data()), format, height, width, out.typed_data<float>()});
+  }
+  if (tokens > 0) work.run();
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fusedllm: linear: no memory for the activations.");
+}
+
+}  // namespace
+}  // namespace fusedllm
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedllm_linear, fusedllm::linear,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const int32_t>>("formats")
+                                  .Attr<xla::ffi::Span<const int64_t>>("rows"));

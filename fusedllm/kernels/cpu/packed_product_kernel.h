@@ -1,0 +1,131 @@
+// Products of packed weights with quantized activations. Included by all_kernels.h.
+//
+// A panel is sixteen rows. Its group holds for each j of 0 to 7 the elements 4 j to 4 j + 3 of every row: 64 bytes that
+// one integer instruction multiplies with four broadcast codes of a token and adds up to sixteen sums. See packing.h.
+
+template <Format kFormat>
+struct Layout {
+  static constexpr int kBits = kFormat == Format::kQ8 ? 8 : (kFormat < Format::kQ5 ? 4 : 5);
+  static constexpr bool kHasMinimums = kFormat == Format::kQ4Min || kFormat == Format::kQ5Min;
+  // What is subtracted from a code, unless the variant's products are of signed bytes.
+  static constexpr float kOffset = kHasMinimums ? 0.0f : (kBits == 8 ? (kSignedBytes ? 0.0f : 128.0f) : (kBits == 5 ? 16.0f : 8.0f));
+  static constexpr bool kShifts = kHasMinimums || kOffset != 0.0f;
+  static constexpr int kGroupBytes = kBits == 8 ? 512 : (kBits == 5 ? 320 : 256);
+};
+
+template <Format kFormat>
+inline void unpack_group(const uint8_t* codes, Bytes (&weights)[8]) {
+  constexpr int kBits = Layout<kFormat>::kBits;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (kBits == 8) {
+      weights[j] = load_bytes(codes + 64 * j);
+      weights[j + 4] = load_bytes(codes + 64 * (j + 4));
+    } else {
+      const Bytes both = load_bytes(codes + 64 * j);
+      weights[j] = low_nibbles(both);
+      weights[j + 4] = high_nibbles(both);
+    }
+  }
+  if constexpr (kBits == 5) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) weights[j] = with_fifth_bits(weights[j], codes + 256 + 8 * j);
+  }
+}
+
+// How far ahead of its use a panel's memory is asked for.
+constexpr int kPrefetchBytes = 1536;
+
+template <Format kFormat, int kTokens>
+void panel_product(const uint8_t* panel, const Activations& x, int64_t token, float* out, int64_t stride, int rows) {
+  using L = Layout<kFormat>;
+  const int64_t groups = x.groups;
+  const int8_t* codes = x.codes + token * groups * kGroup;
+  const float* x_scales = x.scales + token * groups;
+  const float* x_sums = x.sums + token * groups;
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + groups * L::kGroupBytes);
+  const uint16_t* minimums = scales + groups * kPanelRows;
+  Floats totals[kTokens];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) totals[t] = zeros();
+  for (int64_t group = 0; group < groups; ++group) {
+    Bytes weights[8];
+    unpack_group<kFormat>(panel, weights);
+    if constexpr (kTokens <= 2) {
+#pragma GCC unroll 8
+      for (int line = 0; line < L::kGroupBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
+    }
+    panel += L::kGroupBytes;
+    const Floats scale = load_half(scales);
+    scales += kPanelRows;
+    Floats shift = zeros();
+    if constexpr (L::kHasMinimums) {
+      shift = load_half(minimums);
+      minimums += kPanelRows;
+    } else if constexpr (L::kShifts) {
+      shift = multiply(scale, broadcast(-L::kOffset));
+    }
+    constexpr int kCount = kTokens < kTogether ? kTokens : kTogether;
+#pragma GCC unroll 4
+    for (int first = 0; first < kTokens; first += kCount) {
+      Ints dots[kCount];
+      dot_group<L::kBits, kCount>(weights, codes + first * kGroup, dots);
+#pragma GCC unroll 4
+      for (int t = first; t < first + kCount; ++t) {
+        totals[t] = multiply_add(to_floats(dots[t - first]), multiply(scale, broadcast(x_scales[t])), totals[t]);
+        if constexpr (L::kShifts) totals[t] = multiply_add(shift, broadcast(x_sums[t]), totals[t]);
+      }
+    }
+    codes += kTokens * kGroup;
+    x_scales += kTokens;
+    x_sums += kTokens;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) {
+    if (rows == kPanelRows) {
+      store(out + t * stride, totals[t]);
+    } else {
+      store_first(out + t * stride, totals[t], rows);
+    }
+  }
+}
+
+template <Format kFormat>
+void packed_product_of(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
+                       int64_t first, int64_t last) {
+  const int64_t scales = Layout<kFormat>::kHasMinimums ? 4 * kPanelRows : 2 * kPanelRows;
+  const int64_t used = x.groups * (Layout<kFormat>::kGroupBytes + scales);
+  const int64_t panel_bytes = (used + 63) / 64 * 64;
+  for (int64_t token = first; token < last;) {
+    const int64_t count = token_block(x.tokens - token);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const uint8_t* weights = product.weight + panel * panel_bytes;
+      const int64_t row = panel * kPanelRows;
+      const int rows = product.rows - row < kPanelRows ? static_cast<int>(product.rows - row) : kPanelRows;
+      float* out = product.out + token * product.rows + row;
+      switch (count) {
+        case 1: panel_product<kFormat, 1>(weights, x, token, out, product.rows, rows); break;
+        case 2: panel_product<kFormat, 2>(weights, x, token, out, product.rows, rows); break;
+        case 4: panel_product<kFormat, 4>(weights, x, token, out, product.rows, rows); break;
+        case 8:
+          if constexpr (kMostTokens >= 8) panel_product<kFormat, 8>(weights, x, token, out, product.rows, rows);
+          break;
+        default:
+          if constexpr (kMostTokens >= 16) panel_product<kFormat, 16>(weights, x, token, out, product.rows, rows);
+      }
+    }
+    token += count;
+  }
+}
+
+void packed_product(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
+                    int64_t first, int64_t last) {
+  switch (product.format) {
+    case Format::kQ4: return packed_product_of<Format::kQ4>(product, x, first_panel, last_panel, first, last);
+    case Format::kQ4Min: return packed_product_of<Format::kQ4Min>(product, x, first_panel, last_panel, first, last);
+    case Format::kQ5: return packed_product_of<Format::kQ5>(product, x, first_panel, last_panel, first, last);
+    case Format::kQ5Min: return packed_product_of<Format::kQ5Min>(product, x, first_panel, last_panel, first, last);
+    case Format::kQ8: return packed_product_of<Format::kQ8>(product, x, first_panel, last_panel, first, last);
+    default: return;
+  }
+}

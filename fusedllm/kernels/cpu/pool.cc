@@ -1,0 +1,133 @@
+#include "pool.h"
+
+#include <chrono>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fusedllm {
+namespace {
+
+// How long a worker watches for the next loop. Longer than what lies between two loops of a decode step, and than the
+// sampling between two steps; short beside what a person calls idle.
+constexpr auto kSpin = std::chrono::microseconds(100);
+// A caller that has waited this long for a worker's last item shares its core with somebody else.
+constexpr int kSpinsBeforeYield = 2000;
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+constexpr uint32_t loop_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+constexpr int64_t left_in(uint64_t ticket) { return static_cast<int64_t>(ticket & 0xffffffffu); }
+
+}  // namespace
+
+Pool& Pool::instance() {
+  static Pool* pool = new Pool();
+  return *pool;
+}
+
+Pool::Pool() {
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  threads_ = cores < 1 ? 1 : (cores > kMostThreads ? kMostThreads : cores);
+}
+
+void Pool::set_threads(int count) {
+  threads_ = count < 1 ? 1 : (count > kMostThreads ? kMostThreads : count);
+}
+
+void Pool::run_erased(int64_t items, Function function, const void* context) {
+  const int threads = this->threads();
+  std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+  if (items <= 1 || threads <= 1 || items >= 0x7fffffff || !owner.owns_lock()) {
+    for (int64_t item = 0; item < items; ++item) function(context, item);
+    return;
+  }
+  start_workers();
+  // Nobody reads these now: the last loop's items are all taken, so taking one fails before its function is called.
+  function_.store(function, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  items_.store(items, std::memory_order_relaxed);
+  allowed_.store(threads - 1, std::memory_order_relaxed);
+  finished_.store(0, std::memory_order_relaxed);
+  const uint32_t loop = loop_of(ticket_.load(std::memory_order_relaxed)) + 1;
+  ticket_.store(static_cast<uint64_t>(loop) << 32 | static_cast<uint64_t>(items));
+  if (sleeping_.load() > 0) {
+    // Under the lock, so that a worker that is about to sleep has either seen the loop or hears this.
+    std::lock_guard<std::mutex> lock(sleep_);
+    wake_.notify_all();
+  }
+  int64_t item;
+  while (take(loop, items, &item)) {
+    function(context, item);
+    finished_.fetch_add(1, std::memory_order_acq_rel);
+  }
+  for (int spins = 0; finished_.load(std::memory_order_acquire) < items; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+bool Pool::take(uint32_t loop, int64_t items, int64_t* item) {
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  while (loop_of(ticket) == loop && left_in(ticket) > 0) {
+    if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) {
+      *item = items - left_in(ticket);
+      return true;
+    }
+  }
+  return false;
+}
+
+void Pool::work(int index) {
+  uint32_t seen = 0;
+  for (;;) {
+    wait_for_more(seen, index);
+    const uint32_t loop = loop_of(ticket_.load(std::memory_order_acquire));
+    seen = loop;
+    const Function function = function_.load(std::memory_order_relaxed);
+    const void* context = context_.load(std::memory_order_relaxed);
+    const int64_t items = items_.load(std::memory_order_relaxed);
+    if (index >= allowed_.load(std::memory_order_relaxed)) continue;
+    int64_t item;
+    while (take(loop, items, &item)) {
+      function(context, item);
+      finished_.fetch_add(1, std::memory_order_acq_rel);
+    }
+  }
+}
+
+void Pool::wait_for_more(uint32_t seen, int index) {
+  const auto more = [&] {
+    return loop_of(ticket_.load()) != seen && index < allowed_.load(std::memory_order_relaxed);
+  };
+  const auto until = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int spins = 0; spins < 32; ++spins) {
+      if (more()) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+  std::unique_lock<std::mutex> lock(sleep_);
+  sleeping_.fetch_add(1);
+  wake_.wait(lock, more);
+  sleeping_.fetch_sub(1);
+}
+
+void Pool::start_workers() {
+  for (const int wanted = threads() - 1; started_ < wanted; ++started_) {
+    std::thread([this, index = started_] { work(index); }).detach();
+  }
+}
+
+}  // namespace fusedllm

@@ -1,0 +1,201 @@
+// Sixteen lanes in one AVX-512 register. Included by variant_avx512.cc only, inside the variant's namespace.
+
+constexpr const char* kName = "avx512";
+// Blocks of tokens in a product: as many sums as fit into registers beside eight of weights.
+constexpr int kMostTokens = 16;
+// Tokens whose integer sums are made side by side.
+constexpr int kTogether = 4;
+// Codes of eight bits are taken as they are: the product's first operand is unsigned.
+constexpr bool kSignedBytes = false;
+
+// Attention: a tile of this many rows and vectors has its sums in registers, beside one row of vectors; and so have the
+// keys, heads and pairs of vectors that a lone query takes at once.
+constexpr int kTileRows = 12;
+constexpr int kTileVectors = 2;
+constexpr int kLoneKeys = 4;
+constexpr int kLoneHeads = 4;
+constexpr int kLonePairs = 2;
+
+using Floats = __m512;  // 16 float32
+using Ints = __m512i;   // 16 int32
+using Bytes = __m512i;  // 64 uint8
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+// The first `count` lanes.
+inline void store_first(float* p, Floats x, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x);
+}
+inline Floats load_first(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats broadcast(float x) { return _mm512_set1_ps(x); }
+inline Floats load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Floats load_bfloat16(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+// 32 numbers in two vectors, those of even and those of odd place: no number has to cross to another lane.
+inline void load_bfloat16(const uint16_t* p, Floats (&x)[2]) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  x[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+// From 32 in their order to those of even and those of odd place, and back.
+inline void split_pairs(Floats (&x)[2]) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Floats first = x[0];
+  x[0] = _mm512_permutex2var_ps(first, even, x[1]);
+  x[1] = _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), x[1]);
+}
+inline void join_pairs(Floats (&x)[2]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Floats even = x[0];
+  x[0] = _mm512_permutex2var_ps(even, low, x[1]);
+  x[1] = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), x[1]);
+}
+// Rounded to the nearest, ties to even; what is no number stays none.
+inline void store_bfloat16(uint16_t* p, Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+inline void store_half(uint16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Sixteen int8 as floats, and back: rounded to the nearest, saturated.
+inline Floats load_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline void store_int8(int8_t* p, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+// a * b + c
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+inline Floats round_even(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n for integral n.
+inline Floats scale_by_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+// Lanes from `count` on become `other`.
+inline Floats keep_first(Floats x, int count, float other) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(other), static_cast<__mmask16>((1u << count) - 1), x);
+}
+// Lanes before `first` become `other`.
+inline Floats keep_from(Floats x, int first, float other) {
+  return _mm512_mask_mov_ps(x, static_cast<__mmask16>((1u << first) - 1), _mm512_set1_ps(other));
+}
+// Zero where a < b.
+inline Floats clear_where_less(Floats x, Floats a, Floats b) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), x);
+}
+// Lane j of x[i] becomes lane i of x[j].
+inline void transpose(Floats (&x)[16]) {
+  Floats y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  const auto low = [](Floats a, Floats b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](Floats a, Floats b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = low(y[i], y[i + 2]);
+    x[i + 1] = high(y[i], y[i + 2]);
+    x[i + 2] = low(y[i + 1], y[i + 3]);
+    x[i + 3] = high(y[i + 1], y[i + 3]);
+  }
+  // Now quarter c of x[4 a + b] holds column 4 c + b of the rows 4 a to 4 a + 3: quarters remain to be moved.
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    y[b] = _mm512_shuffle_f32x4(x[b], x[4 + b], 0x88);
+    y[4 + b] = _mm512_shuffle_f32x4(x[b], x[4 + b], 0xdd);
+    y[8 + b] = _mm512_shuffle_f32x4(x[8 + b], x[12 + b], 0x88);
+    y[12 + b] = _mm512_shuffle_f32x4(x[8 + b], x[12 + b], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    x[b] = _mm512_shuffle_f32x4(y[b], y[8 + b], 0x88);
+    x[4 + b] = _mm512_shuffle_f32x4(y[4 + b], y[12 + b], 0x88);
+    x[8 + b] = _mm512_shuffle_f32x4(y[b], y[8 + b], 0xdd);
+    x[12 + b] = _mm512_shuffle_f32x4(y[4 + b], y[12 + b], 0xdd);
+  }
+}
+// Lane i is the sum of x[i]: sums of halves, quarters, eighths and single lanes, two vectors becoming one at each step.
+inline Floats sums(Floats (&x)[16]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, x[i], x[i + 8]), _mm512_shuffle_f32x4(x[i], x[i + 8], 0x4e));
+  }
+  const __m512i quarters = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, x[i], x[i + 4]), _mm512_permutex2var_ps(x[i], quarters, x[i + 4]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, x[i], x[i + 2]), _mm512_shuffle_ps(x[i], x[i + 2], 0x4e));
+  }
+  const __m512i single = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, x[0], x[1]), _mm512_permutex2var_ps(x[0], single, x[1]));
+}
+// One bit a lane: x > y.
+inline uint32_t greater(Floats x, Floats y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
+
+inline Ints int_zeros() { return _mm512_setzero_si512(); }
+// Of the magnitudes' bit patterns, which order as the magnitudes do and end with infinity and what is no number.
+inline Ints larger_magnitude(Ints so_far, Floats x) {
+  return _mm512_max_epi32(so_far, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
+inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
+inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32(x); }
+inline Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline void store_int8(int8_t* p, Ints x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+// x with 16 added to each byte whose bit in `p` is set.
+inline Bytes with_fifth_bits(Bytes x, const uint8_t* p) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return _mm512_mask_add_epi8(x, _cvtu64_mask64(bits), x, _mm512_set1_epi8(16));
+}
+// Sums over one group for kCount tokens: `weights[j]` holds elements 4 j to 4 j + 3 of sixteen rows, `x` the 32 codes of
+// one token after the other. The tokens take turns, as each sum waits five cycles for the last.
+template <int kBits, int kCount>
+inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
+#pragma GCC unroll 4
+  for (int t = 0; t < kCount; ++t) sums[t] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kCount; ++t) {
+      // Written out, as compilers load the four codes with an instruction of its own: half as many again.
+      asm("vpdpbusd %2%{1to16%}, %1, %0"
+          : "+v"(sums[t])
+          : "v"(weights[j]), "m"(*reinterpret_cast<const int32_t*>(x + kGroup * t + 4 * j)));
+    }
+  }
+}

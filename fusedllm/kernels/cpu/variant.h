@@ -1,0 +1,102 @@
+// What each compiled variant of the kernels offers: one table of functions, and the structures that they read.
+//
+// A variant is one file, `variant_NAME.cc`, compiled with the flags of its instruction set; it includes `simd_NAME.h`
+// and then every operation (`*_kernel.h`) inside a namespace of its own. Those files use nothing of the standard library
+// but plain C: an inline function of it that was compiled with AVX-512 could be the copy that the linker keeps for
+// everybody, and would then stop a processor without it.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace fusedllm {
+
+// Weights are packed in panels of this many rows, and activations quantized in groups of this many elements.
+constexpr int kPanelRows = 16;
+constexpr int kGroup = 32;
+
+// How the weights of a matrix lie in memory. The first five are packed panels (`packing.h`), the others plain rows.
+enum class Format : int32_t {
+  kQ4 = 0,       // 4 bits, value = scale * (code - 8)
+  kQ4Min = 1,    // 4 bits, value = scale * code + minimum
+  kQ5 = 2,       // 5 bits, value = scale * (code - 16)
+  kQ5Min = 3,    // 5 bits, value = scale * code + minimum
+  kQ8 = 4,       // 8 bits, value = scale * (code - 128)
+  kBfloat16 = 5,
+  kFloat16 = 6,
+  kFloat32 = 7,
+};
+constexpr int kFormats = 8;
+
+inline bool is_packed(Format format) { return format < Format::kBfloat16; }
+
+// Activations of `tokens` tokens, quantized. Tokens lie in blocks (the variant's `token_block` says of how many); in a
+// block of n tokens group g holds `codes[n][32]`, `scales[n]`, `sums[n]`. `sums` are scale times the sum of the codes.
+struct Activations {
+  int8_t* codes;
+  float* scales;
+  float* sums;
+  int64_t tokens;
+  int64_t groups;
+};
+
+// Plain activations in the same blocks, each element k of a block as `[k][n]`.
+struct FloatActivations {
+  float* values;
+  int64_t tokens;
+  int64_t width;
+};
+
+// One weight matrix and where its product goes: `out[token * rows + row]`.
+struct Product {
+  const uint8_t* weight;
+  Format format;
+  int64_t rows;
+  int64_t width;
+  float* out;
+};
+
+struct Kernels {
+  const char* name;
+  // How many of `remaining` tokens the next block holds.
+  int64_t (*token_block)(int64_t remaining);
+  // Quantizes tokens [first, last), which must be whole blocks, of `x[tokens][width]`; width is a multiple of 32.
+  void (*quantize)(const float* x, int64_t first, int64_t last, const Activations& to);
+  // Lays tokens [first, last), which must be whole blocks, into blocks.
+  void (*interleave)(const float* x, int64_t first, int64_t last, const FloatActivations& to);
+  // Panels [first_panel, last_panel) of a packed product for the tokens [first, last), which must be whole blocks.
+  void (*packed_product)(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
+                         int64_t first, int64_t last);
+  // The same for plain rows. `scratch` holds `16 * width` floats.
+  void (*float_product)(const Product& product, const FloatActivations& x, int64_t first_panel, int64_t last_panel,
+                        int64_t first, int64_t last, float* scratch);
+  // Rows [first, last) of a plain matrix times one token, `x[width]`, without any other preparation.
+  void (*float_vector_product)(const Product& product, const float* x, int64_t first_row, int64_t last_row,
+                               float* out);
+  // Rotates the keys of tokens [first, last), counted through the batch, and writes keys and values into their pages.
+  // `scratch` holds a head, rounded up to a multiple of sixteen floats.
+  void (*write_cache)(const Attention& attention, int64_t first, int64_t last, float* scratch);
+  // Attention of a block of queries; and how many floats of scratch it takes for so many queries.
+  void (*prefill_attention)(const Attention& attention, const QueryBlock& item, float* scratch);
+  int64_t (*prefill_floats)(const Attention& attention, int64_t queries);
+  // Attention of the only query of a row over a chunk of keys; floats of its scratch, and of its partial result.
+  void (*lone_attention)(const Attention& attention, const KeyChunk& chunk, float* scratch);
+  int64_t (*lone_scratch_floats)(const Attention& attention);
+  int64_t (*lone_partial_floats)(const Attention& attention);
+  // The result of one row and kv head from its chunks' partial results, which lie one after the other.
+  void (*merge_chunks)(const Attention& attention, int64_t row, int64_t kv_head, float* partials, int64_t count);
+  // The largest of `size` floats; the sum of exp((x - largest) * inverse_temperature).
+  float (*largest_of)(const float* row, int64_t size);
+  float (*sum_of_exponentials)(const float* row, int64_t size, float largest, float inverse_temperature);
+  // Appends to `found` who of row[begin, end) is above `threshold`, in order, until fewer than sixteen places are left.
+  // Returns where it stopped.
+  int64_t (*collect_above)(const float* row, int64_t begin, int64_t end, float threshold, int32_t* found, int* count,
+                           int capacity);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace fusedllm

@@ -1,0 +1,181 @@
+"""Products with weights: native against XLA, every variant, over shapes that are multiples of nothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packing import NAMES, blocks, pack, raw
+
+from fusedllm.errors import ImplementationError
+from fusedllm.kernels import native
+from fusedllm.kernels.linear import linear
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+ISAS = native.isas() if native.available() else ()
+PLAIN = ("float32", "bfloat16", "float16")
+
+
+def as_codes(x: np.ndarray) -> np.ndarray:
+    """What is left of activations that are rounded to eight bits in groups of 32, in float64."""
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(scale > 0, np.rint(groups / scale), 0)
+    return (codes * scale).reshape(x.shape).astype(np.float64)
+
+
+def bound(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """How far the rounding of activations may move a product: half a step for every weight."""
+    groups = np.abs(x.reshape(len(x), -1, 32)).max(axis=-1) / 127
+    magnitudes = np.abs(weight.astype(np.float64)).reshape(len(weight), -1, 32).sum(axis=-1)
+    return 0.5 * groups @ magnitudes.T
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=12)
+@given(
+    names=st.lists(st.sampled_from(NAMES + PLAIN), min_size=1, max_size=4),
+    groups=st.integers(1, 5),
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_equal_those_of_the_decoded_weights(isa, names, groups, tokens, seed):
+    rng = np.random.default_rng(seed)
+    width = 32 * groups
+    x = (rng.standard_normal((tokens, width)) * 10.0 ** rng.integers(-3, 4, (tokens, 1))).astype(np.float32)
+    weights, matrices = [], []
+    for name in names:
+        rows = int(rng.integers(1, 50))
+        if name in PLAIN:
+            weights.append(jnp.asarray(rng.standard_normal((rows, width)), name))
+            matrices.append(np.asarray(weights[-1], np.float32))
+        else:
+            weights.append(pack(name, width, blocks(name, rows, width, rng)))
+            matrices.append(np.asarray(weights[-1].dequantize()))
+    with native.using_isa(isa):
+        products = linear(jnp.asarray(x), *weights, implementation="ffi")
+    for name, product, matrix in zip(names, products, matrices, strict=True):
+        exact = x.astype(np.float64) @ matrix.T.astype(np.float64)
+        # Rounding of float32 sums, whose terms with offset 128 are larger than the weights that they make.
+        slack = 1e-5 * (np.abs(x) @ np.abs(matrix).T + 128 * np.abs(x).sum(axis=1, keepdims=True) * 0.01)
+        if name in PLAIN:
+            assert (np.abs(product - exact) <= slack).all()
+            continue
+        assert (np.abs(product - exact) <= bound(x, matrix) * 1.01 + slack).all()
+        # And nothing but the rounding of activations: a code may go the other way where two are equally near.
+        moved = np.abs(product - as_codes(x) @ matrix.T.astype(np.float64))
+        assert np.median(moved - slack) <= 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_at_the_ends_of_their_range(isa, name):
+    made = blocks(name, 16, 64, np.random.default_rng(2))
+    for byte in (0, 255):
+        made.reshape(16, 2, -1)[..., -16:] = byte
+        weight = pack(name, 64, made)
+        x = np.full((3, 64), 127.0, np.float32)
+        with native.using_isa(isa):
+            (product,) = linear(jnp.asarray(x), weight, implementation="ffi")
+        matrix = np.asarray(weight.dequantize(), np.float64)
+        # Every activation is a code exactly, so nothing is lost but float32's last bits.
+        np.testing.assert_allclose(product, x @ matrix.T, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [0.0, 1e-42, 1e-31, 1e36, np.inf, -np.inf, np.nan])
+def test_activations_of_any_magnitude(isa, value):
+    weight = pack("Q4_1", 64, blocks("Q4_1", 20, 64, np.random.default_rng(3), scale=1e-3))
+    x = np.ones((2, 64), np.float32)
+    x[1, 32:] = value
+    with native.using_isa(isa):
+        (product,) = linear(jnp.asarray(x), weight, implementation="ffi")
+    (expected,) = linear(jnp.asarray(x), weight, implementation="xla")
+    np.testing.assert_allclose(product[0], expected[0], rtol=1e-4, atol=1e-5)
+    if np.isfinite(value):
+        np.testing.assert_allclose(product[1], expected[1], rtol=1e-4, atol=1e-5)
+    else:
+        assert not np.isfinite(product[1]).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_plain_weights_of_any_width(isa, dtype):
+    rng = np.random.default_rng(4)
+    for width in (1, 7, 16, 31, 100):
+        for tokens in (1, 2, 9, 17):
+            weight = jnp.asarray(rng.standard_normal((19, width)), dtype)
+            x = rng.standard_normal((tokens, width)).astype(np.float32)
+            with native.using_isa(isa):
+                (product,) = linear(jnp.asarray(x), weight, implementation="ffi")
+            np.testing.assert_allclose(product, x @ np.asarray(weight, np.float32).T, atol=1e-4)
+
+
+def test_several_threads_give_what_one_gives():
+    rng = np.random.default_rng(5)
+    weights = [pack(name, 96, blocks(name, 70, 96, rng)) for name in NAMES]
+    before = native.threads()
+    try:
+        for tokens in (1, 5, 80):
+            x = jnp.asarray(rng.standard_normal((tokens, 96)), jnp.float32)
+            found = []
+            for threads in (1, 2, 5):
+                native.set_threads(threads)
+                found.append(linear(x, *weights, implementation="ffi"))
+            for other in found[1:]:
+                jax.tree.map(np.testing.assert_array_equal, found[0], other)
+    finally:
+        native.set_threads(before)
+
+
+def test_leading_axes_and_dtypes_are_kept():
+    weight = pack("Q8_0", 32, blocks("Q8_0", 24, 32, np.random.default_rng(6)))
+    x = jnp.ones((2, 3, 32), jnp.bfloat16)
+    (same,) = linear(x, weight, implementation="ffi")
+    (wide,) = linear(x, weight, out_dtype=jnp.float32, implementation="ffi")
+    assert (same.shape, same.dtype, wide.dtype) == ((2, 3, 24), jnp.bfloat16, jnp.float32)
+
+
+def test_blocks_as_they_are_in_the_file_are_left_to_xla():
+    made = blocks("Q4_0", 8, 32, np.random.default_rng(7))
+    x = jnp.ones((1, 32))
+    mixed = linear(x, raw("Q4_0", 32, made), pack("Q4_0", 32, made))
+    np.testing.assert_allclose(*mixed, atol=1e-4)
+    with pytest.raises(ImplementationError, match=r"reads packed and floating-point weights; got Q4_0\."):
+        linear(x, raw("Q4_0", 32, made), implementation="ffi")
+
+
+def call(x, weights, formats, rows, outs):
+    shapes = [jax.ShapeDtypeStruct(out, jnp.float32) for out in outs]
+    results = jax.ffi.ffi_call("fusedllm_linear", shapes)(
+        x, *weights, formats=np.asarray(formats, np.int32), rows=np.asarray(rows, np.int64)
+    )
+    return jax.block_until_ready(results)
+
+
+X = np.ones((1, 32), np.float32)
+W = np.ones((4, 32), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "formats", "rows", "outs", "sentence"),
+    [
+        (X.astype(np.int32), [W], [7], [4], [(1, 4)], "x must be float32"),
+        (X[0], [W], [7], [4], [(1, 4)], "x must be float32"),
+        (X, [W], [9], [4], [(1, 4)], "no format has the number 9"),
+        (X, [W], [7], [-4], [(1, 4)], "has rows and columns"),
+        (X, [W], [5], [4], [(1, 4)], "the dtype of its format"),
+        (X, [W[:, :31]], [7], [4], [(1, 4)], "as many elements"),
+        (X, [W], [7], [4], [(1, 5)], "result 0 must be float32"),
+        (X, [np.ones(8, np.uint8)], [0], [4], [(1, 4)], "must be 320 bytes of uint8"),
+        (np.ones((1, 33), np.float32), [np.ones(8, np.uint8)], [0], [4], [(1, 4)], "columns a multiple of 32"),
+        (X, [W], [7, 7], [4], [(1, 4)], "1 to 8 weights"),
+    ],
+)
+def test_the_binding_refuses_bad_input_with_a_sentence(x, weights, formats, rows, outs, sentence):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=sentence):
+        call(x, weights, formats, rows, outs)

@@ -1,0 +1,101 @@
+"""The native library: choice of implementation and variant, threads, and what is said where it is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fusedllm
+from fusedllm.errors import ConfigError, ImplementationError
+from fusedllm.kernels import native
+from fusedllm.kernels.linear import linear
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(native, "why_unavailable", lambda: "they were not built")
+    monkeypatch.setattr(native, "_warned", type(native._warned)())
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+@needs_native
+def test_the_portable_variant_runs_everywhere():
+    assert native.isas()[-1] == "portable"
+    assert native.isa() in native.isas()
+
+
+@needs_native
+def test_a_variant_is_chosen_inside_a_block_only():
+    before = native.isa()
+    with native.using_isa("portable"):
+        assert native.isa() == "portable"
+    assert native.isa() == before
+    with (
+        pytest.raises(ImplementationError, match=r"'mmx' can't run here; this processor runs: .*portable"),
+        native.using_isa("mmx"),
+    ):
+        pass
+
+
+@needs_native
+def test_the_environment_chooses_a_variant():
+    code = "from fusedllm.kernels import native; print(native.isa())"
+    assert python(code, FUSEDLLM_CPU_ISA="portable").stdout.strip() == "portable"
+    refused = python(code, FUSEDLLM_CPU_ISA="sse9")
+    assert "FUSEDLLM_CPU_ISA asks for 'sse9'; this processor runs:" in refused.stderr
+    command = "import sys; from fusedllm.cli.main import main; sys.exit(main(['generate', '--max-tokens', '1']))"
+    refused = python(command, FUSEDLLM_CPU_ISA="sse9")
+    assert refused.returncode != 0
+    assert "Traceback" not in refused.stderr
+    assert "this processor runs:" in refused.stderr
+
+
+def test_without_the_library_xla_serves_and_one_warning_says_so(without_native):
+    x, weight = jnp.ones((2, 8)), jnp.ones((3, 8))
+    with pytest.warns(native.MissingKernelsWarning, match="native CPU kernels are missing: they were not built"):
+        (product,) = linear(x, weight)
+    np.testing.assert_array_equal(product, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear(x, weight)
+
+
+def test_asking_for_what_is_missing_is_refused(without_native):
+    with pytest.raises(ImplementationError, match="linear: the implementation 'ffi' can't run: they were not built"):
+        linear(jnp.ones((2, 8)), jnp.ones((3, 8)), implementation="ffi")
+    with pytest.raises(ImplementationError, match="the implementation 'ffi' can't run: they were not built"):
+        fusedllm.load("smollm2-135m", implementation="ffi")
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5])
+def test_a_number_of_threads_that_is_none_is_refused(threads):
+    with pytest.raises(ConfigError, match="threads must be an integer of at least 1"):
+        fusedllm.load("smollm2-135m", threads=threads)
+
+
+@needs_native
+def test_an_idle_pool_sleeps():
+    code = """
+import time, jax.numpy as jnp
+from fusedllm.kernels.linear import linear
+linear(jnp.ones((1, 512)), jnp.ones((4096, 512)))[0].block_until_ready()
+time.sleep(0.2)
+before = time.process_time()
+time.sleep(1)
+print(time.process_time() - before)
+"""
+    done = python(code)
+    assert float(done.stdout) < 0.1, done.stderr
