@@ -11,6 +11,7 @@ setting of flash attention of llama.cpp, and which dtype of transformers, is fas
 
 Each side lives in a process of its own and waits while another is measured; they take turns at being first. A figure is
 the median over the repetitions, a ratio the median of each repetition's, and the memory's limit is read anew in each.
+Nothing else may run meanwhile: OpenMP's barriers spin, so that a busy machine slows llama.cpp down tenfold and not us.
 """
 
 from __future__ import annotations
@@ -191,16 +192,19 @@ def work(arguments: argparse.Namespace) -> None:
     return serve(lambda: cpu_peers.LlamaCpp(values[0], values[1], threads, MAX_CONTEXT, flash))
 
 
-def choose_llama(path: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The fastest of llama.cpp's builds and settings of flash attention."""
+def choose_llama(path: Path, arguments: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+    """The fastest of llama.cpp's builds and settings of flash attention: its library, and what a result says of it."""
     candidates = []
     for library in arguments.llama or cpu_peers.libraries():
         for flash in ("off", "on") if arguments.flash == "fastest" else (arguments.flash,):
             worker = Worker(command("llama.cpp", arguments, library, str(path), flash))
-            about = {"library": Path(library).name, "package": _package(library), "system": worker.ask("system")}
+            about = {"package": cpu_peers.package(library), "system": worker.ask("system").strip(" |")}
             name = f"llama.cpp of {about['package']}, flash attention {flash}"
-            candidates.append({**about, "flash": flash, "seconds": _trial(worker, name), "path": library})
-    return min(candidates, key=lambda one: one["seconds"]) | {"candidates": candidates} if candidates else None
+            candidates.append((_trial(worker, name), library, {**about, "flash": flash}))
+    if not candidates:
+        return "", None
+    _, library, chosen = min(candidates, key=lambda one: one[0])
+    return library, {**chosen, "candidates": [{**about, "seconds": took} for took, _, about in candidates]}
 
 
 def choose_dtype(exported: str, arguments: argparse.Namespace) -> str:
@@ -219,11 +223,6 @@ def _trial(worker: Worker, name: str) -> float:
     took = min(512 / prefill + cpu_peers.DECODE_TOKENS / decode for prefill, decode in pairs)
     print(f"{name}: {took:.2f} s", file=sys.stderr)
     return took
-
-
-def _package(library: str) -> str:
-    known = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}
-    return next((name for part, name in known.items() if part in library), "another build")
 
 
 def measure(
@@ -276,13 +275,14 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model: chooses the peers, starts the sides, and measures."""
     path = cpu_models.path_of(name)
     weight_bytes = cpu_models.weight_bytes(path)
-    llama = choose_llama(path, arguments)
+    library, llama = choose_llama(path, arguments)
     commands = {"ours": command("ours", arguments, str(path))}
     if llama:
-        commands["llama.cpp"] = command("llama.cpp", arguments, llama["path"], str(path), llama["flash"])
+        commands["llama.cpp"] = command("llama.cpp", arguments, library, str(path), llama["flash"])
     dtype = None
     with tempfile.TemporaryDirectory() as exported:
-        if arguments.transformers or (name == "smollm2" and _has_transformers()):
+        asked = name == "smollm2" if arguments.transformers is None else arguments.transformers
+        if asked and _has_transformers():
             subprocess.run(command("export", arguments, str(path), exported), check=True)
             dtype = choose_dtype(exported, arguments)
             commands["transformers"] = command("transformers", arguments, exported, dtype)
@@ -295,7 +295,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         finally:
             for worker in workers.values():
                 worker.close()
-    starts = first_tokens(path, prompt, llama and llama["path"], arguments.threads, arguments.starts)
+    starts = first_tokens(path, prompt, library, arguments.threads, arguments.starts)
     nbytes = {"file_bytes": path.stat().st_size, "weight_bytes": weight_bytes}
     return {
         "title": cpu_models.MODELS[name].title,
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--llama", action="append", metavar="LIBRARY", help="libllama.so to try; repeatable")
     parser.add_argument("--flash", choices=["fastest", "on", "off"], default="fastest", help="llama.cpp's attention")
     parser.add_argument("--torch-dtype", choices=["fastest", "bfloat16", "float32"], default="fastest")
-    parser.add_argument("--transformers", action="store_true", help="beside the 1B shape too")
+    parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, help="default: beside SmolLM2 only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a bar chart, PNG or SVG (needs matplotlib)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
@@ -351,13 +351,13 @@ def main() -> None:
         print("neither llama-cpp-python nor xllamacpp is installed (extra `bench`): no llama.cpp.", file=sys.stderr)
     if not _has_transformers():
         print("torch and transformers are not installed (extra `bench`): no transformers.", file=sys.stderr)
+    where = environment("fusedllm", "jax", "jaxlib", "numpy", "torch", "transformers")
     results = {}
     for name in arguments.models:
         results[name] = run(name, arguments)
         print(report(results[name], arguments.threads, arguments.repetitions), flush=True)
-    packages = ("fusedllm", "jax", "jaxlib", "numpy", "torch", "transformers", "llama-cpp-python", "xllamacpp")
-    if arguments.json:
-        write_json(arguments.json, {**environment(*packages), "threads": arguments.threads, "models": results})
+        if arguments.json:  # After each model: another hour may not come to its end.
+            write_json(arguments.json, {**where, "threads": arguments.threads, "models": results})
     if arguments.plot:
         plot(arguments.plot, results)
     return None

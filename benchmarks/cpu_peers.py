@@ -43,6 +43,16 @@ def libraries() -> list[str]:
     return found
 
 
+def package(library: str) -> str:
+    """The Python package that a library belongs to, with its version where both are found."""
+    known = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}
+    name = next((name for part, name in known.items() if part in library), "another build")
+    for directory in Path(library).absolute().parents:
+        for found in directory.glob(f"{name.replace('-', '_')}-*.dist-info"):
+            return f"{name} {found.stem.rpartition('-')[2]}"
+    return name
+
+
 class _Parameters(ctypes.Structure):
     """Any parameter structure, and room behind it: by value, what is larger than its callee expects does no harm."""
 

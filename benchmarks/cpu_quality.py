@@ -131,9 +131,10 @@ def main() -> None:
             worker.close()
     print(report(result))
     if arguments.json:
-        packages = ("fusedllm", "jax", "jaxlib", "numpy", "llama-cpp-python", "xllamacpp")
-        about: dict[str, Any] = {"windows": arguments.windows, "window": window, "llama": library}
-        write_json(arguments.json, {**environment(*packages), **about, "sides": result})
+        about: dict[str, Any] = {"windows": arguments.windows, "window": window}
+        about["llama"] = cpu_peers.package(library) if library else None
+        where = environment("fusedllm", "jax", "jaxlib", "numpy")
+        write_json(arguments.json, {**where, **about, "sides": result})
     return None
 
 

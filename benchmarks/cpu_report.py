@@ -61,7 +61,7 @@ def _name(row: dict[str, Any]) -> str:
         return f"decode at {row['tokens']}"
     greedy = row["ratios"].get("greedy")
     against = f", {significant(greedy.median)} of greedy" if greedy else ""
-    return f"the same, temperature 0.8, top_p 0.95{against}"
+    return f"decode at {row['tokens']}, temperature 0.8, top_p 0.95{against}"
 
 
 def _ratio(row: dict[str, Any], side: str) -> str:

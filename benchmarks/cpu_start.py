@@ -17,7 +17,7 @@ PROMPT = "What is the capital of France?"
 
 
 def first_tokens(
-    path: Path, prompt: Sequence[int], llama: str | None, threads: int, samples: int
+    path: Path, prompt: Sequence[int], llama: str, threads: int, samples: int
 ) -> dict[str, dict[str, Spread]]:
     """Seconds to the first byte of output and to the end of the process, by side, the sides taking turns.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusedllm.backend import cache_dtype, compute_dtype, runs_native, set_threads
 from fusedllm.compilation_cache import use_compilation_cache
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
@@ -19,8 +20,7 @@ from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.request import Sequence as EngineSequence
 from fusedllm.engine.results import Completion, Usage
 from fusedllm.engine.runner import Runner
-from fusedllm.errors import ConfigError, ContextLengthError, ImplementationError, RequestError, TokenizerError
-from fusedllm.kernels import native
+from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
 from fusedllm.model.params import Params
 from fusedllm.partition.plain import Plain
 from fusedllm.text.chat import ChatTemplate
@@ -33,9 +33,6 @@ from fusedllm.weights.random import random_params
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-KV_DTYPES = {**DTYPES, "int8": jnp.int8}
 
 
 def load(
@@ -79,10 +76,10 @@ def load(
     if keep_programs:
         use_compilation_cache()
     compute = compute_dtype(dtype)
-    runs_native = _runs_native(implementation)
+    native_kernels = runs_native(implementation)
     if threads is not None:
-        _set_threads(threads, runs_native)
-    as_filed = dtype == "auto" and runs_native
+        set_threads(threads, native_kernels)
+    as_filed = dtype == "auto" and native_kernels
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None
     if random_weights:
@@ -92,14 +89,18 @@ def load(
         path = registry.resolve(ckpt, progress=progress)
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
-        params, report = load_params(
-            checkpoint,
-            dtype=None if as_filed else np.dtype(compute),
-            keep_quantized=as_filed if keep_quantized is None else keep_quantized,
-            pack=runs_native,
-            progress=progress,
-        )
         tokenizer = None if checkpoint.tokenizer is None else Tokenizer(checkpoint.tokenizer)
+        with ThreadPoolExecutor(1, thread_name_prefix="fusedllm-tokenizer") as pool:
+            if tokenizer is not None:
+                # Meanwhile; whoever needs it first will hear of what is wrong with it.
+                pool.submit(tokenizer.prepare)
+            params, report = load_params(
+                checkpoint,
+                dtype=None if as_filed else np.dtype(compute),
+                keep_quantized=as_filed if keep_quantized is None else keep_quantized,
+                pack=native_kernels,
+                progress=progress,
+            )
     if engine is None:
         limit = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
         engine = EngineConfig(max_context=limit)
@@ -113,52 +114,6 @@ def load(
         implementation=implementation,
         load_report=report,
     )
-
-
-def compute_dtype(name: str) -> Any:
-    """The dtype that `name` means on this backend.
-
-    Raises:
-      ConfigError: a name that is none of ours.
-    """
-    try:
-        backend = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no device was found"
-        raise ConfigError(f"jax can't start the backend that JAX_PLATFORMS asks for: {reason}.") from error
-    if name == "auto":
-        return jnp.float32 if backend == "cpu" else jnp.bfloat16
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}.")
-    return DTYPES[name]
-
-
-def cache_dtype(name: str, automatic: Any) -> Any:
-    """The dtype of a KV cache that `name` means, `automatic` for `auto`.
-
-    Raises:
-      ConfigError: a name that is none of ours.
-    """
-    if name == "auto":
-        return automatic
-    if name not in KV_DTYPES:
-        raise ConfigError(f"kv_dtype must be auto, {', '.join(KV_DTYPES)}, got {name!r}.")
-    return KV_DTYPES[name]
-
-
-def _runs_native(implementation: str | None) -> bool:
-    if jax.default_backend() != "cpu" or implementation == "xla":
-        return False
-    if implementation == "ffi" and (problem := native.why_unavailable()):
-        raise ImplementationError(f"the implementation 'ffi' can't run: {problem}.")
-    return native.available()
-
-
-def _set_threads(threads: int, runs_native: bool) -> None:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ConfigError(f"threads must be an integer of at least 1, got {threads!r}.")
-    if runs_native:
-        native.set_threads(threads)
 
 
 class LLM:

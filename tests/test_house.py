@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "calibrate": GROUND | {"kernels", "quant", "text", "model", "weights"},
     "engine": GROUND | {"kernels", "quant", "text", "model", "weights", "partition", "calibrate"},
 }
-BELOW_THE_FACADE = {*MAY_IMPORT, "compilation_cache"}
+BELOW_THE_FACADE = {*MAY_IMPORT, "backend", "compilation_cache"}
+MAY_IMPORT["backend"] = GROUND | {"kernels"}
 MAY_IMPORT["compilation_cache"] = {"weights"}
 MAY_IMPORT["llm"] = BELOW_THE_FACADE
 MAY_IMPORT["__init__"] = BELOW_THE_FACADE | {"llm"}

@@ -166,6 +166,12 @@ class Engine:
         with self._abandoning():
             self._admit()
             if any(self._seats):
+                if not self.runner.has_decoded(len(self._seats)):
+                    # Its program is yet to be made: those who have their first token should not wait for that.
+                    while self._launches:
+                        self._read(self._launches.popleft())
+                    if any(self._chunks.values()):
+                        return
                 self._launch_decode()
             while len(self._launches) > (LAUNCHES_AHEAD if any(self._seats) else 0):
                 self._read(self._launches.popleft())

@@ -155,10 +155,14 @@ class Runner:
     def decode(self, batch: int, keep: Sequence[bool], steps: int) -> StepOutputs:
         """Makes up to `steps` tokens in each of the `batch` slots that is active and in `keep`."""
         self._cache, self._slots[batch], outputs = self._launch(
-            f"decode of {batch} slots", self._decode,
+            _decode_name(batch), self._decode,
             self._params, self._cache, self._slots_of(batch), np.asarray(keep, np.bool_), np.int32(steps),
         )  # fmt: skip
         return outputs
+
+    def has_decoded(self, batch: int) -> bool:
+        """Whether the decode program of `batch` slots has been made."""
+        return _decode_name(batch) in self._compiled
 
     def fetch(self, outputs: StepOutputs, *, logprobs: bool) -> tuple[np.ndarray, Logprobs | None]:
         """Waits for a launch: tokens `[steps, batch]`, and `Logprobs` of NumPy arrays where asked for."""
@@ -176,7 +180,7 @@ class Runner:
             hidden = self.prefill([0] * bucket, ())
         idle = engine_request.Sequence((0,), SamplingParams(), frozenset(), budget=1, seed=0)
         for batch in self.engine.batch_buckets:
-            on_program(f"decode of {batch} slots")
+            on_program(_decode_name(batch))
             self.admit(batch, 0, idle, hidden)
             outputs = self.decode(batch, [False] * batch, 1)
         jax.block_until_ready(outputs)
@@ -269,6 +273,10 @@ class Runner:
             "page_table": self._table(sequence.pages),
         }
         return SlotState(**fields, sampling=SamplingState(**sampling_fields))
+
+
+def _decode_name(batch: int) -> str:
+    return f"decode of {batch} slots"
 
 
 def _padded(values: Sequence[float], length: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:

@@ -85,7 +85,7 @@ def _query_block(
     block = pages_per_block * pages[0].shape[2]
     q_position = start[:, None] + jnp.arange(seq)
     # A narrow cache is widened to the queries' precision, never the other way round.
-    wide = jnp.promote_types(q.dtype, pages[0].dtype)
+    wide = q.dtype if pages[0].dtype.itemsize == 1 else jnp.promote_types(q.dtype, pages[0].dtype)
     precision = lax.Precision.HIGHEST if wide == jnp.float32 else None
     out_dtype = q.dtype
     q = q.astype(wide).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * seq, head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusedllm.errors import ImplementationError
@@ -73,12 +74,14 @@ def _cached_attention_xla(
         (k_codes, k_scales), (v_codes, v_scales) = map(_quantize, new)
         new = k_codes, v_codes, k_scales, v_scales
     pages = tuple(write_pages(old, values, page_table, start) for old, values in zip(pages, new, strict=True))
+    k_pages, v_pages, *scales = pages
     mixed = paged_attention(
         rotate(q, cos, sin),
-        *pages[:2],
+        k_pages,
+        v_pages,
         page_table,
         start,
-        scales=pages[2:] or None,
+        scales=tuple(scales) or None,
         window=window,
         implementation="xla",
     )
@@ -90,7 +93,7 @@ def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.abs(x).max(axis=-1) * jnp.float32(1 / MOST)
     # A scale that is no number, or infinite, alone makes what is read no number; the inverse of one below the least
     # normal number might be infinite.
-    usable = ((scale >= jnp.finfo(jnp.float32).tiny) & jnp.isfinite(scale))[..., None]
+    usable = ((scale >= np.finfo(np.float32).tiny) & jnp.isfinite(scale))[..., None]
     codes = jnp.where(usable, jnp.round(x * (1 / scale)[..., None]), 0)
     return jnp.clip(codes, -MOST, MOST).astype(jnp.int8), scale
 

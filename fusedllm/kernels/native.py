@@ -22,7 +22,14 @@ import numpy as np
 from fusedllm.errors import ImplementationError
 
 # Each is the name of a symbol in the library and of the FFI target.
-HANDLERS = ("fusedllm_linear", "fusedllm_embed", "fusedllm_attention", "fusedllm_candidates")
+HANDLERS = (
+    "fusedllm_linear",
+    "fusedllm_embed",
+    "fusedllm_attention",
+    "fusedllm_candidates",
+    "fusedllm_rms_norm",
+    "fusedllm_swiglu",
+)
 
 # Best first.
 ISAS = ("avx512", "avx2", "portable")
@@ -32,7 +39,7 @@ ISA_VARIABLE = "FUSEDLLM_CPU_ISA"
 LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 
 # Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
-INTERFACE = 1
+INTERFACE = 2
 
 
 class MissingKernelsWarning(UserWarning):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,17 +12,12 @@ from jaxtyping import Array, Float, Int
 from fusedllm.config import ModelConfig
 from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.embed import embed
+from fusedllm.kernels.rms_norm import rms_norm
+from fusedllm.kernels.swiglu import swiglu
 from fusedllm.model.cache import KVCache
 from fusedllm.model.params import LayerParams, Params
 from fusedllm.model.placement import Placement, Site
 from fusedllm.model.rope import cos_sin
-
-
-def rms_norm(x: Float[Array, "*rows width"], weight: Float[Array, " width"], eps: float) -> Float[Array, "*rows width"]:
-    """Root-mean-square norm (arXiv:1910.07467), computed in float32."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return ((wide * scale) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def forward(
@@ -74,7 +71,10 @@ def forward(
         )
         layers.append(pages)
     x = placement.protected(
-        Site("final_norm"), lambda x, weight: rms_norm(x, weight, config.rms_norm_eps), x, params.final_norm
+        Site("final_norm"),
+        lambda x, weight: rms_norm(x, weight, config.rms_norm_eps, implementation=implementation)[1],
+        x,
+        params.final_norm,
     )
     return x, KVCache.of_layers(layers)
 
@@ -102,11 +102,12 @@ def decoder_layer(
     Returns:
       The residual stream, and the layer's part of the cache with the new positions written.
     """
-    eps, head_dim = config.rms_norm_eps, config.head_dim
+    head_dim = config.head_dim
+    normalize = functools.partial(rms_norm, eps=config.rms_norm_eps, implementation=implementation)
 
     def heads(x: jax.Array, bias: jax.Array | None, norm: jax.Array | None) -> jax.Array:
         split = _biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
-        return split if norm is None else rms_norm(split, norm, eps)
+        return split if norm is None else normalize(split, norm)[1]
 
     def attend(
         x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, ...], layer: LayerParams
@@ -122,13 +123,12 @@ def decoder_layer(
         return x, mixed, pages
 
     def after_attention(x: jax.Array, o: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array]:
-        x = x + _biased(o, layer.o_bias)
-        return x, rms_norm(x, layer.mlp_norm, eps)
+        return normalize(x, layer.mlp_norm, delta=_biased(o, layer.o_bias))
 
     def activate(gate: jax.Array, up: jax.Array, layer: LayerParams) -> jax.Array:
-        return jax.nn.silu(_biased(gate, layer.gate_bias)) * _biased(up, layer.up_bias)
+        return swiglu(_biased(gate, layer.gate_bias), _biased(up, layer.up_bias), implementation=implementation)
 
-    normed = placement.protected(Site("attention_norm", key), lambda x, w: rms_norm(x, w, eps), x, layer.attention_norm)
+    normed = placement.protected(Site("attention_norm", key), lambda x, w: normalize(x, w)[1], x, layer.attention_norm)
     q, k, v = placement.linear(Site("qkv", key), normed, (layer.q, layer.k, layer.v))
     x, mixed, pages = placement.protected(Site("attention", key), attend, x, q, k, v, pages, layer)
     (o,) = placement.linear(Site("o", key), mixed, (layer.o,))

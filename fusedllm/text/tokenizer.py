@@ -31,6 +31,12 @@ class Tokenizer:
     def __init__(self, data: TokenizerData):
         self.data = data
 
+    def prepare(self) -> None:
+        """Builds now what the first use would build: the vocabulary, and the environment of chat templates."""
+        _ = self._library
+        if self.data.chat_template is not None:
+            import fusedllm.text.sandbox  # noqa: F401
+
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 

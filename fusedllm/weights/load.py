@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import threading
 import time
@@ -82,12 +83,16 @@ def load_params(
     started = time.perf_counter()
     wanted = specs(checkpoint.config)
     check_tensors(checkpoint, wanted)
+    packable = [
+        checkpoint.tensors[name] for name in wanted if pack and keep_quantized and _can_pack(checkpoint.tensors[name])
+    ]
     loader = _Loader(
         dtype=None if dtype is None else np.dtype(dtype),
         keep_quantized=keep_quantized,
         pack=pack,
         device=device or jax.devices()[0],
         release=checkpoint.release,
+        arena=aligned_empty((sum(map(_packed_bytes, packable)),), np.dtype(np.uint8)),
     )
     total = sum(checkpoint.tensors[name].nbytes for name in wanted)
     arrays: dict[str, Any] = {}
@@ -159,6 +164,9 @@ class _Loader:
     pack: bool
     device: jax.Device
     release: Callable[[], object]
+    # Where all packed matrices lie, one after the other: small ones too are then in huge pages of memory.
+    arena: np.ndarray
+    used: int = 0
     unreleased: int = 0
     copies: dict[str, int] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
@@ -166,7 +174,7 @@ class _Loader:
     def load(self, tensor: LazyTensor) -> jax.Array | QuantArray:
         reads_blocks = self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2
         if reads_blocks and self.pack:
-            if can_pack(str(tensor.quantization), tensor.shape):
+            if _can_pack(tensor):
                 return self._packed(tensor)
             return self._put(tensor.read(), np.dtype(np.float16), f"dequantized from {tensor.quantization}")
         if reads_blocks:
@@ -183,7 +191,10 @@ class _Loader:
         name = str(tensor.quantization)
         assert tensor.read_quantized is not None
         blocks = np.ascontiguousarray(tensor.read_quantized().values)
-        packed = aligned_empty(packed_shape(name, tensor.shape), np.dtype(np.uint8))
+        size = _packed_bytes(tensor)
+        with self.lock:
+            start, self.used = self.used, self.used + size
+        packed = self.arena[start : start + size].reshape(packed_shape(name, tensor.shape))
         pack_blocks(name, tensor.shape, blocks, packed)
         values = self._put(packed, packed.dtype, f"packed from {name}")
         self._count_released(blocks.nbytes)
@@ -224,6 +235,14 @@ class _Loader:
     def _count(self, reason: str, nbytes: int) -> None:
         with self.lock:
             self.copies[reason] = self.copies.get(reason, 0) + nbytes
+
+
+def _can_pack(tensor: LazyTensor) -> bool:
+    return tensor.read_quantized is not None and can_pack(str(tensor.quantization), tensor.shape)
+
+
+def _packed_bytes(tensor: LazyTensor) -> int:
+    return math.prod(packed_shape(str(tensor.quantization), tensor.shape))
 
 
 def _is_unaligned(values: np.ndarray) -> bool:

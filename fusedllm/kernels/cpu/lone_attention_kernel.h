@@ -200,9 +200,24 @@ inline void load_lone_queries(const Attention& a, int64_t row, int64_t kv_head, 
   }
 }
 
-// row[i] *= scales[numbers[i]]
-inline void multiply_by_scales(float* row, const float* scales, const int64_t* numbers, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) row[i] *= scales[numbers[i]];
+// Scales of a chunk's keys and values, one after the other as the positions are.
+struct ChunkScales {
+  float keys[kChunk];
+  float values[kChunk];
+
+  ChunkScales(const Attention& a, const CachedRows& cached, int64_t first, int64_t count) {
+    int64_t rows[kChunk];
+    const int64_t whole = (count + 15) / 16 * 16;
+    cached.list(first, count, whole, 1, rows);
+    for (int64_t i = 0; i < whole; ++i) {
+      keys[i] = a.k_scales[rows[i]];
+      values[i] = a.v_scales[rows[i]];
+    }
+  }
+};
+
+inline void multiply_by(const float* scales, int64_t count, float* row) {
+  for (int64_t i = 0; i < count; i += 16) store(row + i, multiply(load(row + i), load(scales + i)));
 }
 
 template <CacheType kType>
@@ -237,13 +252,16 @@ void lone_attention_as(const Attention& a, const KeyChunk& chunk, float* scratch
   }
   float* totals = chunk.partial;
   float* ends = totals + group * stride;
-  int64_t numbers[kChunk];
-  if constexpr (kType == CacheType::kInt8) cached.list(chunk.first, count, count, 1, numbers);
-  for (int64_t h = 0; h < group; ++h) {
-    float* row = weights + h * kChunk;
-    if constexpr (kType == CacheType::kInt8) multiply_by_scales(row, a.k_scales, numbers, count);
-    weigh_chunk(row, count, ends + 16 * h);
-    if constexpr (kType == CacheType::kInt8) multiply_by_scales(row, a.v_scales, numbers, count);
+  if constexpr (kType == CacheType::kInt8) {
+    const ChunkScales scales(a, cached, chunk.first, count);
+    for (int64_t h = 0; h < group; ++h) {
+      float* row = weights + h * kChunk;
+      multiply_by(scales.keys, count, row);
+      weigh_chunk(row, count, ends + 16 * h);
+      multiply_by(scales.values, count, row);
+    }
+  } else {
+    for (int64_t h = 0; h < group; ++h) weigh_chunk(weights + h * kChunk, count, ends + 16 * h);
   }
   for (int64_t i = 0; i < group * stride; i += 16) store(totals + i, zeros());
   // So few keys at once that their later columns are met in the first-level cache.

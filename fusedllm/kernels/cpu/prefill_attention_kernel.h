@@ -7,7 +7,7 @@
 // the keys in their order, so that no row's result depends on how the work was cut.
 
 // Keys of a block: with the values beside them they stay in a core's second-level cache, in tiles of the first.
-constexpr int kBlockKeys = 64;
+constexpr int kBlockKeys = 128;
 
 // Below any score, and a number still: infinity less infinity would be none.
 constexpr float kLowest = -1e30f;
@@ -199,14 +199,19 @@ void load_block(const Attention& a, const CachedRows& cached, int64_t block, int
   const Type* values = static_cast<const Type*>(a.v_pages);
   for (int key = 0; key < padded; key += 16) {
     for (int64_t column = 0; column < width; column += 16) {
-      const int rest = width - column < 16 ? static_cast<int>(width - column) : 16;
+      const Type* from = keys + column;
       Floats square[16];
-      for (int i = 0; i < 16; ++i) {
-        const Type* from = keys + numbers[key + i] * width + column;
-        square[i] = rest == 16 ? load_cached<kType>(from) : load_cached_first<kType>(from, rest);
+      if (width - column >= 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) square[i] = load_cached<kType>(from + numbers[key + i] * width);
+      } else {
+        const int rest = static_cast<int>(width - column);
+        for (int i = 0; i < 16; ++i) square[i] = load_cached_first<kType>(from + numbers[key + i] * width, rest);
       }
       transpose(square);
-      for (int i = 0; i < 16; ++i) store(scratch.keys + (column + i) * kBlockKeys + key, square[i]);
+      float* to = scratch.keys + column * kBlockKeys + key;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store(to + i * kBlockKeys, square[i]);
     }
   }
   for (int key = 0; key < count; ++key) {
@@ -228,16 +233,27 @@ void load_block(const Attention& a, const CachedRows& cached, int64_t block, int
 inline void load_queries(const Attention& a, const QueryBlock& item, const PrefillScratch& scratch) {
   const int64_t width = a.head_dim, half = width / 2, group = a.group();
   const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(width));
-  // As scratch for one rotated head: the totals are not in use yet.
-  float* rotated = scratch.totals;
-  for (int64_t row = 0; row < scratch.tiles * kTileRows; ++row) {
-    float* to = scratch.queries + row / kTileRows * width * kTileRows + row % kTileRows;
-    if (row < scratch.rows) {
-      const int64_t token = item.row * a.seq + item.first + row / group;
-      const float* q = a.q + (token * a.heads + item.kv_head * group + row % group) * width;
-      rotate(q, a.cos + token * half, a.sin + token * half, half, scale, rotated);
+  const int64_t padded = whole_vectors(width, 1);
+  // Rotated where keys will be, and laid from there into columns.
+  float* rotated = scratch.keys;
+  for (int64_t tile = 0; tile < scratch.tiles; ++tile) {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t row = tile * kTileRows + i;
+      // Rows past the last one repeat it, and are not stored.
+      const int64_t here = row < scratch.rows ? row : scratch.rows - 1;
+      const int64_t token = item.row * a.seq + item.first + here / group;
+      const float* q = a.q + (token * a.heads + item.kv_head * group + here % group) * width;
+      rotate(q, a.cos + token * half, a.sin + token * half, half, scale, rotated + i * padded);
     }
-    for (int64_t i = 0; i < width; ++i) to[i * kTileRows] = rotated[i];
+    float* to = scratch.queries + tile * width * kTileRows;
+    for (int64_t column = 0; column < width; column += 16) {
+      Floats square[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) square[i] = i < kTileRows ? load(rotated + i * padded + column) : zeros();
+      transpose(square);
+      const int rest = width - column < 16 ? static_cast<int>(width - column) : 16;
+      for (int i = 0; i < rest; ++i) store_first(to + (column + i) * kTileRows, square[i], kTileRows);
+    }
   }
 }
 

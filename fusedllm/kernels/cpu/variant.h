@@ -93,6 +93,11 @@ struct Kernels {
   // Returns where it stopped.
   int64_t (*collect_above)(const float* row, int64_t begin, int64_t end, float threshold, int32_t* found, int* count,
                            int capacity);
+  // Rows [first, last): the norm of x, or with a delta `total` = x + delta and its norm.
+  void (*norm_rows)(const float* x, const float* delta, const float* weight, float epsilon, int64_t width,
+                    int64_t first, int64_t last, float* total, float* normed);
+  // Elements [first, last) of silu(gate) * up.
+  void (*swiglu)(const float* gate, const float* up, int64_t first, int64_t last, float* out);
 };
 
 const Kernels* portable_kernels();

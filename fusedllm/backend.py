@@ -1,0 +1,72 @@
+"""What a model runs on here: dtypes, native kernels, threads, from the words of the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fusedllm.errors import ConfigError, ImplementationError
+from fusedllm.kernels import native
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+KV_DTYPES = {**DTYPES, "int8": jnp.int8}
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype that `name` means on this backend.
+
+    Raises:
+      ConfigError: a name that is none of ours.
+    """
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no device was found"
+        raise ConfigError(f"jax can't start the backend that JAX_PLATFORMS asks for: {reason}.") from error
+    if name == "auto":
+        return jnp.float32 if backend == "cpu" else jnp.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
+
+
+def cache_dtype(name: str, automatic: Any) -> Any:
+    """The dtype of a KV cache that `name` means, `automatic` for `auto`.
+
+    Raises:
+      ConfigError: a name that is none of ours.
+    """
+    if name == "auto":
+        return automatic
+    if name not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype must be auto, {', '.join(KV_DTYPES)}, got {name!r}.")
+    return KV_DTYPES[name]
+
+
+def runs_native(implementation: str | None) -> bool:
+    """Whether the native kernels run, where `implementation` was asked for (`None`: the best there is).
+
+    Raises:
+      ImplementationError: `ffi` was asked for and can't run.
+    """
+    if implementation not in (None, "xla", "ffi", "pallas"):
+        raise ImplementationError(f"implementation must be xla, ffi or pallas, got {implementation!r}.")
+    if jax.default_backend() != "cpu" or implementation == "xla":
+        return False
+    if implementation == "ffi" and (problem := native.why_unavailable()):
+        raise ImplementationError(f"the implementation 'ffi' can't run: {problem}.")
+    return native.available()
+
+
+def set_threads(threads: int, native_kernels: bool) -> None:
+    """Sets how many threads the native kernels of this process use.
+
+    Raises:
+      ConfigError: no positive integer.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ConfigError(f"threads must be an integer of at least 1, got {threads!r}.")
+    if native_kernels:
+        native.set_threads(threads)
