@@ -69,5 +69,5 @@ def test_the_bindings_refuse_bad_input_with_a_sentence():
         lambda: gate(x, x[:1]),
         lambda: gate(x.astype(np.int32), x),
     ):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="must be float32 of one shape|taken for one result"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"must be float32 of one shape|taken for one result"):
             jax.block_until_ready(call())

@@ -50,9 +50,10 @@ def _embed_xla(table: jax.Array | QuantArray, tokens: jax.Array, dtype: DTypeLik
     return gathered.replace(shape=(flat.shape[0], hidden)).dequantize(dtype).reshape(*tokens.shape, hidden)
 
 
-def _embed_ffi(table: QuantArray, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _embed_ffi(table: jax.Array | QuantArray, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     scheme = packed_scheme(table)
     assert scheme is not None
+    assert isinstance(table, QuantArray)
     rows, hidden = table.shape
     flat = tokens.reshape(-1).astype(jnp.int32)
     call = jax.ffi.ffi_call("fusedllm_embed", jax.ShapeDtypeStruct((flat.shape[0], hidden), jnp.float32))

@@ -30,21 +30,20 @@ bool is_packable(int32_t format, int64_t rows, int64_t width) {
 void pack_group(const Block& from, const uint8_t* block, int row, uint8_t* codes, uint8_t* scale, uint8_t* minimum) {
   std::memcpy(scale, block, 2);
   if (from.minimum >= 0) std::memcpy(minimum, block + from.minimum, 2);
+  // Four elements at a time: they are neighbours in a block as in a panel, and GGUF too has element n below element
+  // n + 16 in a byte.
   const uint8_t* source = block + from.codes;
+  for (int j = 0; j < (from.bytewise ? 8 : 4); ++j) {
+    uint32_t four;
+    std::memcpy(&four, source + 4 * j, sizeof four);
+    if (from.bytewise) four ^= 0x80808080u;
+    std::memcpy(codes + 64 * j + 4 * row, &four, sizeof four);
+  }
+  if (from.fifth_bits < 0) return;
   for (int j = 0; j < 8; ++j) {
-    for (int i = 0; i < 4; ++i) {
-      const int element = 4 * j + i;
-      if (from.bytewise) {
-        codes[64 * j + 4 * row + i] = static_cast<uint8_t>(source[element] ^ 0x80);
-      } else if (j < 4) {
-        // GGUF has element n below element n + 16 in a byte, as here.
-        codes[64 * j + 4 * row + i] = source[element];
-      }
-      if (from.fifth_bits >= 0 && (block[from.fifth_bits + element / 8] >> (element % 8) & 1) != 0) {
-        const int bit = 4 * row + i;
-        codes[256 + 8 * j + bit / 8] = static_cast<uint8_t>(codes[256 + 8 * j + bit / 8] | 1 << (bit % 8));
-      }
-    }
+    const int bits = block[from.fifth_bits + j / 2] >> (j % 2 * 4) & 15;
+    uint8_t& to = codes[256 + 8 * j + row / 2];
+    to = static_cast<uint8_t>(to | bits << (row % 2 * 4));
   }
 }
 
