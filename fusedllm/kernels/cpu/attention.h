@@ -42,7 +42,9 @@ struct Attention {
   // Positions from here on have no page.
   FUSEDLLM_INLINE int64_t limit() const { return table * page_size; }
   // What the query at `position` sees: from the first of these to before the second.
-  FUSEDLLM_INLINE int64_t first_visible(int64_t position) const { return position < window ? 0 : position - window + 1; }
+  FUSEDLLM_INLINE int64_t first_visible(int64_t position) const {
+    return position < window ? 0 : position - window + 1;
+  }
   FUSEDLLM_INLINE int64_t end_visible(int64_t position) const { return position < limit() ? position + 1 : limit(); }
 };
 

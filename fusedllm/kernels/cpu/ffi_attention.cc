@@ -90,7 +90,9 @@ class Lone {
     Pool::instance().run(parts, [&](int64_t i) { work(units * i / parts, units * (i + 1) / parts); });
     const int64_t results = a_.batch * a_.kv_heads, merges = few ? 1 : std::min(results, parts);
     Pool::instance().run(merges, [&](int64_t i) {
-      for (int64_t j = results * i / merges; j < results * (i + 1) / merges; ++j) merge(j / a_.kv_heads, j % a_.kv_heads);
+      for (int64_t j = results * i / merges; j < results * (i + 1) / merges; ++j) {
+        merge(j / a_.kv_heads, j % a_.kv_heads);
+      }
     });
   }
 
@@ -167,7 +169,9 @@ ffi::Error take_positions(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, 
   a.head_dim = q.dimensions()[3];
   a.kv_heads = k.dimensions()[2];
   a.table = page_table.dimensions()[1];
-  if (a.head_dim <= 0 || a.head_dim % 2 != 0) return refuse("attention: head_dim must be even, as it is rotated in pairs.");
+  if (a.head_dim <= 0 || a.head_dim % 2 != 0) {
+    return refuse("attention: head_dim must be even, as it is rotated in pairs.");
+  }
   if (a.kv_heads <= 0 || a.heads <= 0 || a.heads % a.kv_heads != 0) {
     return refuse("attention: heads must be a multiple of kv_heads.");
   }
@@ -180,7 +184,9 @@ ffi::Error take_positions(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, 
   if (!has_shape(page_table, a.batch, a.table) || !has_shape(start, a.batch)) {
     return refuse("attention: page_table and start must have a row for each of q's batch.");
   }
-  if (!has_shape(mixed, a.batch, a.seq, a.heads, a.head_dim)) return refuse("attention: the result must have q's shape.");
+  if (!has_shape(mixed, a.batch, a.seq, a.heads, a.head_dim)) {
+    return refuse("attention: the result must have q's shape.");
+  }
   a.q = q.typed_data<float>();
   a.k = k.typed_data<float>();
   a.v = v.typed_data<float>();
@@ -227,9 +233,11 @@ ffi::Error take_pages(ffi::RemainingArgs arguments, ffi::RemainingRets results, 
     if (i < 2) {
       const bool same = buffer.element_type() == arguments.get<ffi::AnyBuffer>(0)->element_type();
       if (!same || !has_shape(buffer, pages, a.kv_heads, a.page_size, a.head_dim)) {
-        return refuse("attention: K and V must be [pages, kv_heads, page_size, head_dim] of one dtype, as k and v are.");
+        return refuse("attention: K and V must be [pages, kv_heads, page_size, head_dim] of one dtype.");
       }
-      if (!is_aligned(buffer, element_bytes(a.type))) return refuse("attention: the cache is not aligned as its dtype.");
+      if (!is_aligned(buffer, element_bytes(a.type))) {
+        return refuse("attention: the cache is not aligned as its dtype.");
+      }
     } else if (buffer.element_type() != ffi::F32 || !has_shape(buffer, pages, a.kv_heads, a.page_size) ||
                !is_aligned(buffer, 4)) {
       return refuse("attention: scales must be float32 [pages, kv_heads, page_size].");

@@ -1,8 +1,9 @@
 // Attention of a query that is alone in its row, as in decode: each key and value is read once for all heads that share
 // it, as it lies in the pages, and the memory is the limit. Included by all_kernels.h.
 //
-// Heads are met in pairs of vectors, 32 numbers. Of bfloat16 these are the numbers of even and those of odd place, which
-// takes half as many instructions as keeping their order; queries are put into that order before, results back after.
+// Heads are met in pairs of vectors, 32 numbers. Of bfloat16 these are the numbers of even and those of odd place,
+// which takes half as many instructions as keeping their order; queries are put into that order before, results back
+// after.
 
 // How many positions ahead memory is asked for: pages are too short for the processor to foresee what comes next, and
 // more would find no place in its queue.
@@ -103,8 +104,8 @@ inline void score_sixteen(const typename Element<kType>::Type* keys, const int64
   }
 }
 
-// out[head * stride] += weights[head * kChunk + key] * values of `count` keys, for kLonePairs pairs of columns, of which
-// `width` numbers exist.
+// out[head * stride] += weights[head * kChunk + key] * values of `count` keys, for kLonePairs pairs of columns, of
+// which `width` numbers exist.
 template <CacheType kType, int kHeads>
 inline void mix_columns(const typename Element<kType>::Type* values, const int64_t* offsets, int64_t count,
                         int64_t width, const float* weights, float* out, int64_t stride) {

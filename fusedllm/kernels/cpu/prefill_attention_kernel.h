@@ -1,9 +1,9 @@
 // Attention of many queries: keys and values are met in blocks, converted once for all queries and heads of an item.
 // Included by all_kernels.h.
 //
-// Scores of a block are one small matrix product, their weights' sum of values another, with the softmax's highest score
-// and sum of weights carried along (arXiv:1805.02867, arXiv:2205.14135). Rows of these products are the queries' heads
-// that share a kv head, query after query. Where blocks begin depends on the position alone, and a row's sums run over
+// Scores of a block are one small matrix product, their weights' sum of values another, with the softmax's highest
+// score and sum of weights carried along (arXiv:1805.02867, arXiv:2205.14135). Rows of these products are the queries'
+// heads that share a kv head, query after query. Where blocks begin depends on the position alone, and a row's sums run over
 // the keys in their order, so that no row's result depends on how the work was cut.
 
 // Keys of a block: with the values beside them they stay in a core's second-level cache, in tiles of the first.
@@ -120,7 +120,9 @@ void weigh(const Tile& tile, int first_key, int end_key, bool scaled, float* res
   for (int r = 0; r < kRows; ++r) {
     float* row = scratch.weights + r * kBlockKeys;
     if (scaled) {
-      for (int key = first; key < end; key += 16) store(row + key, multiply(load(row + key), load(scratch.scales + key)));
+      for (int key = first; key < end; key += 16) {
+        store(row + key, multiply(load(row + key), load(scratch.scales + key)));
+      }
     }
     if (masked) {
       const int row_first = tile.first_key(r), row_end = tile.end_key(r);
@@ -166,8 +168,8 @@ void visit_tile(const Tile& tile, bool scaled) {
         sums[r][n] = multiply(load(totals + r * scratch.stride + column + 16 * n), broadcast(rescale[r]));
       }
     }
-    multiply_tile<kRows, kBlockKeys, 1>(scratch.weights + first_key, scratch.values + first_key * scratch.stride + column,
-                                        scratch.stride, end_key - first_key, sums);
+    const float* values = scratch.values + first_key * scratch.stride + column;
+    multiply_tile<kRows, kBlockKeys, 1>(scratch.weights + first_key, values, scratch.stride, end_key - first_key, sums);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4

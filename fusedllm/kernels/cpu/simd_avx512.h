@@ -147,7 +147,8 @@ inline Floats sums(Floats (&x)[16]) {
   const __m512i quarters = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, x[i], x[i + 4]), _mm512_permutex2var_ps(x[i], quarters, x[i + 4]));
+    const Floats crossed = _mm512_permutex2var_ps(x[i], quarters, x[i + 4]);
+    x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, x[i], x[i + 4]), crossed);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
