@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["test_packed.py", "test_linear.py", "test_candidates.py"]
+TESTS = ["test_packed.py", "test_linear.py", "test_draw.py", "test_rows.py", "test_cached_attention.py"]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
 
 

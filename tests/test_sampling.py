@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
 from fusedllm.engine.programs import empty_slots
 from fusedllm.errors import RequestError
-from fusedllm.kernels.candidates import candidates
+from fusedllm.kernels import draw
 from fusedllm.model import sampling
-from fusedllm.model.sampling import CANDIDATES, SamplingState, adjust, logprobs
+from fusedllm.model.sampling import SamplingState, adjust, logprobs
 
 # Not traced anew for every example.
 sample = jax.jit(sampling.sample)
-draw_from_row = jax.jit(sampling._draw_from_row)
-draw_from_candidates = jax.jit(sampling._draw_from_candidates, static_argnums=1)
+draw_from_row = jax.jit(draw._draw_from_row)
+draw_from_candidates = jax.jit(draw._draw_from_candidates)
 
 
 def state(vocab, batch=1, **values) -> SamplingState:
@@ -121,16 +121,17 @@ def test_bisection_agrees_with_the_candidates_where_both_can_decide():
     rng = np.random.default_rng(5)
     logits = jnp.asarray(rng.standard_normal((1, 400)) * 4, jnp.float32)
     filters = {"temperature": [1.0], "top_k": [20], "top_p": [0.8], "min_p": [0.01]}
-    likeliest = candidates(logits, jnp.asarray(filters["temperature"]), CANDIDATES)
+    made = state(400, **filters)
+    filters = draw.Filters(made.temperature, made.top_k, made.top_p, made.min_p)
 
     def draw_fast(uniform):
-        return draw_from_candidates(likeliest, 400, state(400, **filters), uniform)
+        return draw_from_candidates(logits, filters, uniform)
 
     _, complete = draw_fast(jnp.asarray([0.5]))
     assert bool(complete[0])
     keep = allowed(np.asarray(logits[0]), 1.0, 20, 0.8, 0.01)
     grid = jnp.linspace(0, 1, 500, endpoint=False)
-    slow = {int(draw_from_row(logits, state(400, **filters), u[None])[0]) for u in grid}
+    slow = {int(draw_from_row(logits, filters, u[None])[0]) for u in grid}
     fast = {int(draw_fast(u[None])[0][0]) for u in grid}
     assert fast == slow == set(np.flatnonzero(keep))
 

@@ -26,7 +26,7 @@ HANDLERS = (
     "fusedllm_linear",
     "fusedllm_embed",
     "fusedllm_attention",
-    "fusedllm_candidates",
+    "fusedllm_draw",
     "fusedllm_rms_norm",
     "fusedllm_swiglu",
 )
@@ -39,7 +39,7 @@ ISA_VARIABLE = "FUSEDLLM_CPU_ISA"
 LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 
 # Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
-INTERFACE = 2
+INTERFACE = 3
 
 
 class MissingKernelsWarning(UserWarning):

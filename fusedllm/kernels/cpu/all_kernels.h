@@ -6,11 +6,11 @@
 #include "cache_kernel.h"
 #include "prefill_attention_kernel.h"
 #include "lone_attention_kernel.h"
-#include "candidates_kernel.h"
+#include "draw_kernel.h"
 #include "rows_kernel.h"
 
 constexpr Kernels kTable = {
     kName, token_block, quantize, interleave, packed_product, float_product, float_vector_product,
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
-    merge_chunks, largest_of, sum_of_exponentials, collect_above, norm_rows, swiglu,
+    merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu,
 };

@@ -86,13 +86,15 @@ struct Kernels {
   int64_t (*lone_partial_floats)(const Attention& attention);
   // The result of one row and kv head from its chunks' partial results, which lie one after the other.
   void (*merge_chunks)(const Attention& attention, int64_t row, int64_t kv_head, float* partials, int64_t count);
-  // The largest of `size` floats; the sum of exp((x - largest) * inverse_temperature).
+  // The largest of `size` floats; exp((x - largest) * inverse_temperature) of each, into `out`, and their sum.
   float (*largest_of)(const float* row, int64_t size);
-  float (*sum_of_exponentials)(const float* row, int64_t size, float largest, float inverse_temperature);
+  float (*exponentials_of)(const float* row, int64_t size, float largest, float inverse_temperature, float* out);
   // Appends to `found` who of row[begin, end) is above `threshold`, in order, until fewer than sixteen places are left.
   // Returns where it stopped.
   int64_t (*collect_above)(const float* row, int64_t begin, int64_t end, float threshold, int32_t* found, int* count,
                            int capacity);
+  // The sum of `mass` where `row` is at least `threshold`.
+  float (*mass_from)(const float* row, const float* mass, int64_t size, float threshold);
   // Rows [first, last): the norm of x, or with a delta `total` = x + delta and its norm.
   void (*norm_rows)(const float* x, const float* delta, const float* weight, float epsilon, int64_t width,
                     int64_t first, int64_t last, float* total, float* normed);

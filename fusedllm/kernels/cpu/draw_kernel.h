@@ -1,5 +1,5 @@
-// Passes over a row of logits: its largest, the sum of its exponentials, and who is above a threshold. Included by
-// all_kernels.h.
+// Passes over a row of logits: its largest, its exponentials, who is above a threshold, and the mass of those who stay.
+// Included by all_kernels.h.
 
 float largest_of(const float* row, int64_t size) {
   Floats first = broadcast(-3.402823466e38f), second = first;
@@ -13,21 +13,16 @@ float largest_of(const float* row, int64_t size) {
   return result;
 }
 
-float sum_of_exponentials(const float* row, int64_t size, float largest, float inverse_temperature) {
+float exponentials_of(const float* row, int64_t size, float largest, float inverse_temperature, float* out) {
   const Floats shift = broadcast(largest), factor = broadcast(inverse_temperature);
-  Floats first = zeros(), second = zeros();
-  int64_t i = 0;
-  for (; i + 32 <= size; i += 32) {
-    first = add(first, exp(multiply(subtract(load(row + i), shift), factor)));
-    second = add(second, exp(multiply(subtract(load(row + i + 16), shift), factor)));
-  }
-  first = add(first, second);
-  for (; i < size; i += 16) {
+  Floats total = zeros();
+  for (int64_t i = 0; i < size; i += 16) {
     const int count = size - i < 16 ? static_cast<int>(size - i) : 16;
     const Floats terms = exp(multiply(subtract(load_first(row + i, count), shift), factor));
-    first = add(first, keep_first(terms, count, 0.0f));
+    store_first(out + i, terms, count);
+    total = add(total, keep_first(terms, count, 0.0f));
   }
-  return sum(first);
+  return sum(total);
 }
 
 int64_t collect_above(const float* row, int64_t begin, int64_t end, float threshold, int32_t* found, int* count,
@@ -42,4 +37,15 @@ int64_t collect_above(const float* row, int64_t begin, int64_t end, float thresh
     }
   }
   return i < end ? i : end;
+}
+
+float mass_from(const float* row, const float* mass, int64_t size, float threshold) {
+  const Floats least = broadcast(threshold);
+  Floats total = zeros();
+  for (int64_t i = 0; i < size; i += 16) {
+    const int count = size - i < 16 ? static_cast<int>(size - i) : 16;
+    const Floats terms = clear_where_less(load_first(mass + i, count), load_first(row + i, count), least);
+    total = add(total, keep_first(terms, count, 0.0f));
+  }
+  return sum(total);
 }
