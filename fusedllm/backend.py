@@ -70,3 +70,13 @@ def set_threads(threads: int, native_kernels: bool) -> None:
         raise ConfigError(f"threads must be an integer of at least 1, got {threads!r}.")
     if native_kernels:
         native.set_threads(threads)
+
+
+def check_activation_bits(bits: int) -> None:
+    """Accepts 8 and 16.
+
+    Raises:
+      ConfigError: anything else.
+    """
+    if bits not in (8, 16):
+        raise ConfigError(f"activation_bits must be 8 or 16, got {bits!r}.")

@@ -11,7 +11,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 import numpy as np
 
-from fusedllm.backend import cache_dtype, compute_dtype, runs_native, set_threads
+from fusedllm.backend import cache_dtype, check_activation_bits, compute_dtype, runs_native, set_threads
 from fusedllm.compilation_cache import use_compilation_cache
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
@@ -44,6 +44,7 @@ def load(
     engine: EngineConfig | None = None,
     keep_quantized: bool | None = None,
     implementation: str | None = None,
+    activation_bits: int = 16,
     threads: int | None = None,
     random_weights: bool = False,
     seed: int = 0,
@@ -62,6 +63,8 @@ def load(
       engine: all sizes at once, instead of `max_context`.
       keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run.
       implementation: of the kernels, `xla` or `ffi` (native, on the CPU); by default the best there is.
+      activation_bits: 16 or 8: to what native products with quantized weights round activations, in groups of 32. 8
+        prefills up to one and a half times as fast, and moves logits by about 1 % of their range.
       threads: how many threads the native kernels of this process use; by default all cores that it may use.
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.
@@ -76,6 +79,7 @@ def load(
     if keep_programs:
         use_compilation_cache()
     compute = compute_dtype(dtype)
+    check_activation_bits(activation_bits)
     native_kernels = runs_native(implementation)
     if threads is not None:
         set_threads(threads, native_kernels)
@@ -112,6 +116,7 @@ def load(
         dtype=compute,
         kv_dtype=cache_dtype(kv_dtype, jnp.bfloat16 if dtype == "auto" else compute),
         implementation=implementation,
+        activation_bits=activation_bits,
         load_report=report,
     )
 
@@ -135,8 +140,10 @@ class LLM:
         dtype: Any = jnp.float32,
         kv_dtype: Any = None,
         implementation: str | None = None,
+        activation_bits: int = 16,
         load_report: LoadReport | None = None,
     ) -> None:
+        check_activation_bits(activation_bits)
         engine = engine or EngineConfig(max_context=min(config.max_position, DEFAULT_MAX_CONTEXT))
         if engine.max_context > config.max_position:
             raise RequestError(
@@ -150,7 +157,7 @@ class LLM:
             config,
             params,
             engine,
-            Plain(implementation),
+            Plain(implementation, activation_bits),
             dtype=dtype,
             cache_dtype=kv_dtype,
             implementation=implementation,

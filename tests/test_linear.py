@@ -73,6 +73,22 @@ def test_products_equal_those_of_the_decoded_weights(isa, names, groups, tokens,
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 3, 21])
+def test_precise_products_are_hundreds_of_times_nearer(isa, name, tokens):
+    rng = np.random.default_rng(tokens)
+    weight = pack(name, 96, blocks(name, 37, 96, rng))
+    x = jnp.asarray(rng.standard_normal((tokens, 96)), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight.dequantize(), np.float64).T
+    with native.using_isa(isa):
+        rough, near = (
+            linear(jnp.asarray(x), weight, precise=precise, implementation="ffi")[0] for precise in (False, True)
+        )
+    assert np.abs(near - exact).max() < np.abs(rough - exact).max() / 50
+    assert np.abs(near - exact).max() < 1e-4 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_at_the_ends_of_their_range(isa, name):
     made = blocks(name, 16, 64, np.random.default_rng(2))
     for byte in (0, 255):
@@ -152,7 +168,7 @@ def test_blocks_as_they_are_in_the_file_are_left_to_xla():
 def call(x, weights, formats, rows, outs):
     shapes = [jax.ShapeDtypeStruct(out, jnp.float32) for out in outs]
     results = jax.ffi.ffi_call("fusedllm_linear", shapes)(
-        x, *weights, formats=np.asarray(formats, np.int32), rows=np.asarray(rows, np.int64)
+        x, *weights, formats=np.asarray(formats, np.int32), rows=np.asarray(rows, np.int64), levels=np.int32(1)
     )
     return jax.block_until_ready(results)
 

@@ -86,6 +86,12 @@ def test_a_number_of_threads_that_is_none_is_refused(threads):
         fusedllm.load("smollm2-135m", threads=threads)
 
 
+@pytest.mark.parametrize("bits", [0, 4, "16"])
+def test_other_numbers_of_activation_bits_are_refused(bits):
+    with pytest.raises(ConfigError, match="activation_bits must be 8 or 16"):
+        fusedllm.load("smollm2-135m", activation_bits=bits)
+
+
 @needs_native
 def test_an_idle_pool_sleeps():
     code = """

@@ -27,6 +27,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--implementation", choices=["xla", "ffi"], help="of the kernels (default: the best; ffi is native, on the CPU)"
     )
+    group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=[8, 16],
+        default=16,
+        help="of activations in native products with quantized weights (default 16; 8 prefills faster)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="of the native kernels (default: all cores)")
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
@@ -41,6 +48,7 @@ def load_model(options: argparse.Namespace) -> LLM:
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
+        activation_bits=options.activation_bits,
         threads=options.threads,
         max_context=options.max_context,
         random_weights=options.random_weights,

@@ -21,27 +21,29 @@ FEW_ROWS = 32
 def linear(
     x: Float[Array, "*rows in"],
     *weights: Float[Array, "_ in"] | QuantArray,
+    precise: bool = False,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows _"], ...]:
     """`x @ weight.T` for each of `weights`, accumulated in float32, in `out_dtype` (by default that of `x`).
 
-    With packed weights the native implementation (`"ffi"`) rounds the activations to eight bits in groups of 32; every
-    sum of products is exact then. All other products take the activations as they are. A weight of a kind that the
+    With packed weights the native implementation (`"ffi"`) rounds the activations to eight bits in groups of 32, or if
+    `precise` to two levels of eight bits, some sixteen together; every sum of products is exact then. All other
+    products take the activations as they are. A weight of a kind that the
     native implementation does not read is left to XLA where nothing was asked for.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't read a weight.
     """
     return choose("linear", {"xla": _linear_xla, "ffi": _linear_ffi}, implementation)(
-        x, weights, out_dtype or x.dtype, implementation is not None
+        x, weights, out_dtype or x.dtype, precise, implementation is not None
     )
 
 
 def _linear_xla(
-    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, strict: bool
+    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
 ) -> tuple[jax.Array, ...]:
-    del strict
+    del precise, strict
     return tuple(_product_xla(x, weight, out_dtype) for weight in weights)
 
 
@@ -58,7 +60,7 @@ def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeL
 
 
 def _linear_ffi(
-    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, strict: bool
+    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
 ) -> tuple[jax.Array, ...]:
     native = [weight for weight in weights if _format_number(weight) is not None]
     if strict and len(native) < len(weights):
@@ -76,6 +78,7 @@ def _linear_ffi(
             *(weight.values if isinstance(weight, QuantArray) else weight for weight in native),
             formats=np.asarray([_format_number(weight) for weight in native], np.int32),
             rows=np.asarray([weight.shape[0] for weight in native], np.int64),
+            levels=np.int32(2 if precise else 1),
         )
         if native
         else ()

@@ -39,7 +39,7 @@ ISA_VARIABLE = "FUSEDLLM_CPU_ISA"
 LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 
 # Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
-INTERFACE = 3
+INTERFACE = 4
 
 
 class MissingKernelsWarning(UserWarning):

@@ -20,9 +20,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """The placement without a boundary. `implementation` is passed to the kernels; `None` lets them choose."""
+    """The placement without a boundary.
+
+    Attributes:
+      implementation: passed to the kernels; `None` lets them choose.
+      activation_bits: 16 or 8, to which native products with packed weights round activations.
+    """
 
     implementation: str | None = None
+    activation_bits: int = 16
 
     def layer_key(self, index: int) -> int | None:
         """Nothing: every layer is treated alike."""
@@ -31,7 +37,7 @@ class Plain:
     def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Traced where it is called."""
         with jax.named_scope(site.name):
-            return linear(x, *weights, implementation=self.implementation)
+            return linear(x, *weights, precise=self.activation_bits == 16, implementation=self.implementation)
 
     def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
         """Traced where it is called."""

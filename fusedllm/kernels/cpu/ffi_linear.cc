@@ -52,7 +52,8 @@ Cut cut(const Product& product, int64_t tokens, int64_t row_bytes, int64_t all_p
 
 class Linear {
  public:
-  Linear(const float* x, int64_t tokens, int64_t width) : x_(x), tokens_(tokens), width_(width) {}
+  Linear(const float* x, int64_t tokens, int64_t width, int64_t levels)
+      : x_(x), tokens_(tokens), width_(width), levels_(levels) {}
 
   void add(const Product& product) {
     products_[count_++] = product;
@@ -92,8 +93,9 @@ class Linear {
     if (packed_) {
       const int64_t groups = width_ / kGroup, numbers = tokens_ * groups;
       static thread_local Scratch scratch;
-      float* memory = scratch.of<float>(2 * numbers + tokens_ * width_ / 4);
-      quantized_ = {reinterpret_cast<int8_t*>(memory + 2 * numbers), memory, memory + numbers, tokens_, groups};
+      float* memory = scratch.of<float>(2 * numbers + levels_ * tokens_ * width_ / 4);
+      quantized_ = {reinterpret_cast<int8_t*>(memory + 2 * numbers), memory, memory + numbers, tokens_, groups,
+                    levels_};
       over_tokens([&](int64_t first, int64_t last) { kernels.quantize(x_, first, last, quantized_); });
     }
     if (plain_ && tokens_ > kFewTokens) {
@@ -128,6 +130,7 @@ class Linear {
   const float* x_;
   int64_t tokens_;
   int64_t width_;
+  int64_t levels_;
   int count_ = 0;
   bool packed_ = false;
   bool plain_ = false;
@@ -158,7 +161,7 @@ ffi::Error check_weight(int index, Format format, const ffi::AnyBuffer& weight, 
 }
 
 ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets results,
-                  ffi::Span<const int32_t> formats, ffi::Span<const int64_t> rows) try {
+                  ffi::Span<const int32_t> formats, ffi::Span<const int64_t> rows, int32_t levels) try {
   const auto dimensions = x.dimensions();
   if (x.element_type() != ffi::F32 || dimensions.size() != 2) return refuse("linear: x must be float32 [tokens, in].");
   const int64_t tokens = dimensions[0], width = dimensions[1];
@@ -167,7 +170,8 @@ ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRe
       results.size() != count) {
     return refuse("linear: 1 to 8 weights are taken, each with a format, a number of rows, and a result.");
   }
-  Linear work(x.typed_data<float>(), tokens, width);
+  if (levels != 1 && levels != 2) return refuse("linear: activations have one or two levels of codes.");
+  Linear work(x.typed_data<float>(), tokens, width, levels);
   for (size_t i = 0; i < count; ++i) {
     const auto weight = weights.get<ffi::AnyBuffer>(i);
     auto result = results.get<ffi::AnyBuffer>(i);
@@ -199,4 +203,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedllm_linear, fusedllm::linear,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<xla::ffi::Span<const int32_t>>("formats")
-                                  .Attr<xla::ffi::Span<const int64_t>>("rows"));
+                                  .Attr<xla::ffi::Span<const int64_t>>("rows")
+                                  .Attr<int32_t>("levels"));

@@ -36,11 +36,11 @@ inline void unpack_group(const uint8_t* codes, Bytes (&weights)[8]) {
 // How far ahead of its use a panel's memory is asked for.
 constexpr int kPrefetchBytes = 1536;
 
-template <Format kFormat, int kTokens>
+template <Format kFormat, int kTokens, int kLevels>
 void panel_product(const uint8_t* panel, const Activations& x, int64_t token, float* out, int64_t stride, int rows) {
   using L = Layout<kFormat>;
   const int64_t groups = x.groups;
-  const int8_t* codes = x.codes + token * groups * kGroup;
+  const int8_t* codes = x.codes + token * groups * kGroup * kLevels;
   const float* x_scales = x.scales + token * groups;
   const float* x_sums = x.sums + token * groups;
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + groups * L::kGroupBytes);
@@ -65,18 +65,27 @@ void panel_product(const uint8_t* panel, const Activations& x, int64_t token, fl
     } else if constexpr (L::kShifts) {
       shift = multiply(scale, broadcast(-L::kOffset));
     }
-    constexpr int kCount = kTokens < kTogether ? kTokens : kTogether;
-#pragma GCC unroll 4
+    constexpr int kBeside = kTogether > kLevels ? kTogether / kLevels : 1;
+    constexpr int kCount = kTokens < kBeside ? kTokens : kBeside;
+#pragma GCC unroll 8
     for (int first = 0; first < kTokens; first += kCount) {
       Ints dots[kCount];
       dot_group<L::kBits, kCount>(weights, codes + first * kGroup, dots);
+      Ints rests[kCount];
+      if constexpr (kLevels == 2) {
+        dot_group<L::kBits, kCount>(weights, codes + (kTokens + first) * kGroup, rests);
+      }
 #pragma GCC unroll 4
       for (int t = first; t < first + kCount; ++t) {
-        totals[t] = multiply_add(to_floats(dots[t - first]), multiply(scale, broadcast(x_scales[t])), totals[t]);
+        Floats dot = to_floats(dots[t - first]);
+        if constexpr (kLevels == 2) {
+          dot = multiply_add(to_floats(rests[t - first]), broadcast(kSecondStep), dot);
+        }
+        totals[t] = multiply_add(dot, multiply(scale, broadcast(x_scales[t])), totals[t]);
         if constexpr (L::kShifts) totals[t] = multiply_add(shift, broadcast(x_sums[t]), totals[t]);
       }
     }
-    codes += kTokens * kGroup;
+    codes += kTokens * kGroup * kLevels;
     x_scales += kTokens;
     x_sums += kTokens;
   }
@@ -90,7 +99,7 @@ void panel_product(const uint8_t* panel, const Activations& x, int64_t token, fl
   }
 }
 
-template <Format kFormat>
+template <Format kFormat, int kLevels>
 void packed_product_of(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
                        int64_t first, int64_t last) {
   const int64_t scales = Layout<kFormat>::kHasMinimums ? 4 * kPanelRows : 2 * kPanelRows;
@@ -104,28 +113,36 @@ void packed_product_of(const Product& product, const Activations& x, int64_t fir
       const int rows = product.rows - row < kPanelRows ? static_cast<int>(product.rows - row) : kPanelRows;
       float* out = product.out + token * product.rows + row;
       switch (count) {
-        case 1: panel_product<kFormat, 1>(weights, x, token, out, product.rows, rows); break;
-        case 2: panel_product<kFormat, 2>(weights, x, token, out, product.rows, rows); break;
-        case 4: panel_product<kFormat, 4>(weights, x, token, out, product.rows, rows); break;
+        case 1: panel_product<kFormat, 1, kLevels>(weights, x, token, out, product.rows, rows); break;
+        case 2: panel_product<kFormat, 2, kLevels>(weights, x, token, out, product.rows, rows); break;
+        case 4: panel_product<kFormat, 4, kLevels>(weights, x, token, out, product.rows, rows); break;
         case 8:
-          if constexpr (kMostTokens >= 8) panel_product<kFormat, 8>(weights, x, token, out, product.rows, rows);
+          if constexpr (kMostTokens >= 8) panel_product<kFormat, 8, kLevels>(weights, x, token, out, product.rows, rows);
           break;
         default:
-          if constexpr (kMostTokens >= 16) panel_product<kFormat, 16>(weights, x, token, out, product.rows, rows);
+          if constexpr (kMostTokens >= 16) panel_product<kFormat, 16, kLevels>(weights, x, token, out, product.rows, rows);
       }
     }
     token += count;
   }
 }
 
-void packed_product(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
-                    int64_t first, int64_t last) {
+template <int kLevels>
+void packed_product_in(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
+                       int64_t first, int64_t last) {
+  const auto multiply_all = [&](auto multiply) { multiply(product, x, first_panel, last_panel, first, last); };
   switch (product.format) {
-    case Format::kQ4: return packed_product_of<Format::kQ4>(product, x, first_panel, last_panel, first, last);
-    case Format::kQ4Min: return packed_product_of<Format::kQ4Min>(product, x, first_panel, last_panel, first, last);
-    case Format::kQ5: return packed_product_of<Format::kQ5>(product, x, first_panel, last_panel, first, last);
-    case Format::kQ5Min: return packed_product_of<Format::kQ5Min>(product, x, first_panel, last_panel, first, last);
-    case Format::kQ8: return packed_product_of<Format::kQ8>(product, x, first_panel, last_panel, first, last);
+    case Format::kQ4: return multiply_all(packed_product_of<Format::kQ4, kLevels>);
+    case Format::kQ4Min: return multiply_all(packed_product_of<Format::kQ4Min, kLevels>);
+    case Format::kQ5: return multiply_all(packed_product_of<Format::kQ5, kLevels>);
+    case Format::kQ5Min: return multiply_all(packed_product_of<Format::kQ5Min, kLevels>);
+    case Format::kQ8: return multiply_all(packed_product_of<Format::kQ8, kLevels>);
     default: return;
   }
+}
+
+void packed_product(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
+                    int64_t first, int64_t last) {
+  if (x.levels == 2) return packed_product_in<2>(product, x, first_panel, last_panel, first, last);
+  packed_product_in<1>(product, x, first_panel, last_panel, first, last);
 }

@@ -31,14 +31,19 @@ constexpr int kFormats = 8;
 
 inline bool is_packed(Format format) { return format < Format::kBfloat16; }
 
+// A second level of codes has steps of this part of the first one's: it holds what rounding to the first has lost.
+constexpr float kSecondStep = 1.0f / 254;
+
 // Activations of `tokens` tokens, quantized. Tokens lie in blocks (the variant's `token_block` says of how many); in a
-// block of n tokens group g holds `codes[n][32]`, `scales[n]`, `sums[n]`. `sums` are scale times the sum of the codes.
+// block of n tokens group g holds `codes[levels][n][32]`, `scales[n]`, `sums[n]`. `sums` are the sums of the group's
+// elements, as the codes have them.
 struct Activations {
   int8_t* codes;
   float* scales;
   float* sums;
   int64_t tokens;
   int64_t groups;
+  int64_t levels;  // 1 or 2
 };
 
 // Plain activations in the same blocks, each element k of a block as `[k][n]`.
