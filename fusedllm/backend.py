@@ -72,11 +72,21 @@ def set_threads(threads: int, native_kernels: bool) -> None:
         native.set_threads(threads)
 
 
-def check_activation_bits(bits: int) -> None:
-    """Accepts 8 and 16.
+# Models at least this wide have eight bits by default. In narrower ones the rounding is felt (SmolLM2-135M, 576 wide:
+# 0.003 nats of divergence from float32, against 0.00004 with sixteen), and their prompts take little time anyway.
+WIDE = 2048
+
+
+def default_activation_bits(width: int) -> int:
+    """8 for models that are `width` >= 2,048 wide, 16 for others."""
+    return 8 if width >= WIDE else 16
+
+
+def check_activation_bits(bits: int | None) -> None:
+    """Accepts 8, 16, and `None` for the default.
 
     Raises:
       ConfigError: anything else.
     """
-    if bits not in (8, 16):
+    if bits not in (None, 8, 16):
         raise ConfigError(f"activation_bits must be 8 or 16, got {bits!r}.")

@@ -58,12 +58,13 @@ def test_products_equal_those_of_the_decoded_weights(isa, names, groups, tokens,
             matrices.append(np.asarray(weights[-1].dequantize()))
     with native.using_isa(isa):
         products = linear(jnp.asarray(x), *weights, implementation="ffi")
-    for name, product, matrix in zip(names, products, matrices, strict=True):
+        precise = linear(jnp.asarray(x), *weights, precise=True, implementation="ffi")
+    for name, product, near, matrix in zip(names, products, precise, matrices, strict=True):
         exact = x.astype(np.float64) @ matrix.T.astype(np.float64)
         # Rounding of float32 sums, whose terms with offset 128 are larger than the weights that they make.
         slack = 1e-5 * (np.abs(x) @ np.abs(matrix).T + 128 * np.abs(x).sum(axis=1, keepdims=True) * 0.01)
+        assert (np.abs(near - exact) <= bound(x, matrix) / 100 + slack).all()
         if name in PLAIN:
-            assert (np.abs(product - exact) <= slack).all()
             continue
         assert (np.abs(product - exact) <= bound(x, matrix) * 1.01 + slack).all()
         # And nothing but the rounding of activations: a code may go the other way where two are equally near.
@@ -103,19 +104,45 @@ def test_weights_at_the_ends_of_their_range(isa, name):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("value", [0.0, 1e-42, 1e-31, 1e36, np.inf, -np.inf, np.nan])
-def test_activations_of_any_magnitude(isa, value):
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("tokens", [2, 17])
+@pytest.mark.parametrize("value", [0.0, 1e-42, 1e-31, 1e36, 5e36, 6e36, 3e38, np.inf, -np.inf, np.nan])
+def test_activations_of_any_magnitude(isa, precise, tokens, value):
     weight = pack("Q4_1", 64, blocks("Q4_1", 20, 64, np.random.default_rng(3), scale=1e-3))
-    x = np.ones((2, 64), np.float32)
+    x = np.ones((tokens, 64), np.float32)
     x[1, 32:] = value
     with native.using_isa(isa):
-        (product,) = linear(jnp.asarray(x), weight, implementation="ffi")
+        (product,) = linear(jnp.asarray(x), weight, precise=precise, implementation="ffi")
     (expected,) = linear(jnp.asarray(x), weight, implementation="xla")
-    np.testing.assert_allclose(product[0], expected[0], rtol=1e-4, atol=1e-5)
-    if np.isfinite(value):
+    others = np.arange(tokens) != 1
+    np.testing.assert_allclose(product[others], expected[others], rtol=1e-4, atol=1e-5)
+    if abs(value) < 2.0**122:
         np.testing.assert_allclose(product[1], expected[1], rtol=1e-4, atol=1e-5)
     else:
         assert not np.isfinite(product[1]).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 16])
+def test_scales_of_any_kind(isa, name, tokens):
+    """Zero of both signs, the least and the largest denormal, the largest number, infinities and what is none."""
+    rng = np.random.default_rng(tokens)
+    scales = np.asarray([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00], "<u2")
+    made = blocks(name, len(scales), 64, rng, scale=1e-6)
+    made.reshape(len(scales), 2, -1)[:, 1, :2] = scales[:, None].view(np.uint8)
+    weight = pack(name, 64, made)
+    matrix = np.asarray(weight.dequantize())
+    for magnitude in (2e-26, 1e-3, 1.0, 5e36):
+        x = (rng.uniform(-1, 1, (tokens, 64)) * magnitude).astype(np.float32)
+        with native.using_isa(isa):
+            (product,) = linear(jnp.asarray(x), weight, precise=True, implementation="ffi")
+        with np.errstate(all="ignore"):
+            exact = x.astype(np.float64) @ matrix.T.astype(np.float64)
+            sizes = np.abs(x) @ np.abs(matrix).T + 128 * np.abs(x) @ np.abs(matrix / np.maximum(1, np.abs(matrix))).T
+            finite = np.isfinite(matrix).all(axis=1) & (sizes < 3e38)
+            assert (np.abs(product - exact) <= 1e-4 * sizes + 1e-38)[finite].all()
+        assert not np.isfinite(np.asarray(product)[:, ~np.isfinite(matrix).all(axis=1)]).any()
 
 
 @pytest.mark.parametrize("isa", ISAS)

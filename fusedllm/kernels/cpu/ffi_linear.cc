@@ -93,8 +93,14 @@ class Linear {
     if (packed_) {
       const int64_t groups = width_ / kGroup, numbers = tokens_ * groups;
       static thread_local Scratch scratch;
-      float* memory = scratch.of<float>(2 * numbers + levels_ * tokens_ * width_ / 4);
-      quantized_ = {reinterpret_cast<int8_t*>(memory + 2 * numbers), memory, memory + numbers, tokens_, groups,
+      float* memory = scratch.of<float>(3 * numbers + tokens_ + levels_ * tokens_ * width_ / 4);
+      quantized_ = {reinterpret_cast<int8_t*>(memory + 3 * numbers + tokens_),
+                    memory,
+                    memory + numbers,
+                    reinterpret_cast<int32_t*>(memory + 2 * numbers),
+                    memory + 3 * numbers,
+                    tokens_,
+                    groups,
                     levels_};
       over_tokens([&](int64_t first, int64_t last) { kernels.quantize(x_, first, last, quantized_); });
     }

@@ -7,9 +7,9 @@ template <Format kFormat>
 struct Layout {
   static constexpr int kBits = kFormat == Format::kQ8 ? 8 : (kFormat < Format::kQ5 ? 4 : 5);
   static constexpr bool kHasMinimums = kFormat == Format::kQ4Min || kFormat == Format::kQ5Min;
-  // What is subtracted from a code, unless the variant's products are of signed bytes.
-  static constexpr float kOffset = kHasMinimums ? 0.0f : (kBits == 8 ? (kSignedBytes ? 0.0f : 128.0f) : (kBits == 5 ? 16.0f : 8.0f));
-  static constexpr bool kShifts = kHasMinimums || kOffset != 0.0f;
+  // What is subtracted from a code is eight shifted left by so much, unless the variant's products are of signed bytes;
+  // -1 for nothing.
+  static constexpr int kOffset = kHasMinimums || (kBits == 8 && kSignedBytes) ? -1 : kBits - 4;
   static constexpr int kGroupBytes = kBits == 8 ? 512 : (kBits == 5 ? 320 : 256);
 };
 
@@ -33,8 +33,23 @@ inline void unpack_group(const uint8_t* codes, Bytes (&weights)[8]) {
   }
 }
 
-// How far ahead of its use a panel's memory is asked for.
-constexpr int kPrefetchBytes = 1536;
+// How far ahead of its use a panel's memory is asked for, into the second-level cache: the first can't wait for enough.
+constexpr int kPrefetchBytes = 4096;
+
+// The first level's sum of products, raised to where the second's is added, and with what the codes' offset
+// (8 << kOffset) asks for: kOffset = -1 for none.
+template <int kOffset, int kLevels>
+inline Ints corrected(Ints dot, int32_t correction) {
+  constexpr int kRaised = kLevels == 2 ? 8 : 0;
+  if constexpr (kOffset < 0) {
+    return shift_left<kRaised>(dot);
+  } else if constexpr (kLevels == 1) {
+    return add(dot, shift_left<kOffset>(broadcast_int(correction)));
+  } else {
+    // One shift for both, where the offset is more than eight.
+    return shift_left<kOffset>(add(shift_left<kRaised - kOffset>(dot), broadcast_int(correction)));
+  }
+}
 
 template <Format kFormat, int kTokens, int kLevels>
 void panel_product(const uint8_t* panel, const Activations& x, int64_t token, float* out, int64_t stride, int rows) {
@@ -45,49 +60,60 @@ void panel_product(const uint8_t* panel, const Activations& x, int64_t token, fl
   const float* x_sums = x.sums + token * groups;
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + groups * L::kGroupBytes);
   const uint16_t* minimums = scales + groups * kPanelRows;
+  const int32_t* x_corrections = x.corrections + token * groups;
   Floats totals[kTokens];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) totals[t] = zeros();
+  for (int t = 0; t < kTokens; ++t) totals[t] = broadcast(x.starts[token + t]);
   for (int64_t group = 0; group < groups; ++group) {
     Bytes weights[8];
     unpack_group<kFormat>(panel, weights);
-    if constexpr (kTokens <= 2) {
+    if constexpr (kTokens <= 8) {
 #pragma GCC unroll 8
-      for (int line = 0; line < L::kGroupBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
+      for (int line = 0; line < L::kGroupBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line, 0, 2);
     }
     panel += L::kGroupBytes;
-    const Floats scale = load_half(scales);
+    const Scales scale = scales_of(load_half(scales));
     scales += kPanelRows;
-    Floats shift = zeros();
+    Floats minimum = zeros();
     if constexpr (L::kHasMinimums) {
-      shift = load_half(minimums);
+      minimum = load_half(minimums);
       minimums += kPanelRows;
-    } else if constexpr (L::kShifts) {
-      shift = multiply(scale, broadcast(-L::kOffset));
     }
-    constexpr int kBeside = kTogether > kLevels ? kTogether / kLevels : 1;
-    constexpr int kCount = kTokens < kBeside ? kTokens : kBeside;
+    constexpr int kCount = kTokens < kTogether ? kTokens : kTogether;
 #pragma GCC unroll 8
     for (int first = 0; first < kTokens; first += kCount) {
       Ints dots[kCount];
+#pragma GCC unroll 4
+      for (int t = 0; t < kCount; ++t) dots[t] = int_zeros();
       dot_group<L::kBits, kCount>(weights, codes + first * kGroup, dots);
-      Ints rests[kCount];
+#pragma GCC unroll 4
+      for (int t = 0; t < kCount; ++t) {
+        dots[t] = corrected<L::kOffset, kLevels>(dots[t], x_corrections[first + t]);
+      }
       if constexpr (kLevels == 2) {
-        dot_group<L::kBits, kCount>(weights, codes + (kTokens + first) * kGroup, rests);
+        const int8_t* second = codes + (kTokens + first) * kGroup;
+        if constexpr (kCount == kTogether) {
+          dot_group<L::kBits, kCount>(weights, second, dots);
+        } else {
+          // Sums of their own, as too few tokens take turns to hide how long each sum waits for the last.
+          Ints rests[kCount];
+          for (int t = 0; t < kCount; ++t) rests[t] = int_zeros();
+          dot_group<L::kBits, kCount>(weights, second, rests);
+          for (int t = 0; t < kCount; ++t) dots[t] = add(dots[t], rests[t]);
+        }
       }
 #pragma GCC unroll 4
       for (int t = first; t < first + kCount; ++t) {
-        Floats dot = to_floats(dots[t - first]);
-        if constexpr (kLevels == 2) {
-          dot = multiply_add(to_floats(rests[t - first]), broadcast(kSecondStep), dot);
-        }
-        totals[t] = multiply_add(dot, multiply(scale, broadcast(x_scales[t])), totals[t]);
-        if constexpr (L::kShifts) totals[t] = multiply_add(shift, broadcast(x_sums[t]), totals[t]);
+        const Floats step = kLevels == 2 && kTokens >= 8 ? times_power(scale, x_scales + t)
+                                                         : multiply(scale.value, broadcast(x_scales[t]));
+        totals[t] = multiply_add(to_floats(dots[t - first]), step, totals[t]);
+        if constexpr (L::kHasMinimums) totals[t] = multiply_add(minimum, broadcast(x_sums[t]), totals[t]);
       }
     }
     codes += kTokens * kGroup * kLevels;
     x_scales += kTokens;
     x_sums += kTokens;
+    x_corrections += kTokens;
   }
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
@@ -97,6 +123,12 @@ void panel_product(const uint8_t* panel, const Activations& x, int64_t token, fl
       store_first(out + t * stride, totals[t], rows);
     }
   }
+}
+
+// Asks for the scales of the next panel, whose codes are read without a pause after this one's.
+inline void prefetch_numbers(const uint8_t* numbers, int64_t bytes) {
+  constexpr int64_t kMost = 2048;
+  for (int64_t line = 0; line < (bytes < kMost ? bytes : kMost); line += 64) __builtin_prefetch(numbers + line, 0, 2);
 }
 
 template <Format kFormat, int kLevels>
@@ -112,6 +144,7 @@ void packed_product_of(const Product& product, const Activations& x, int64_t fir
       const int64_t row = panel * kPanelRows;
       const int rows = product.rows - row < kPanelRows ? static_cast<int>(product.rows - row) : kPanelRows;
       float* out = product.out + token * product.rows + row;
+      if (count <= 8) prefetch_numbers(weights + panel_bytes + x.groups * Layout<kFormat>::kGroupBytes, x.groups * scales);
       switch (count) {
         case 1: panel_product<kFormat, 1, kLevels>(weights, x, token, out, product.rows, rows); break;
         case 2: panel_product<kFormat, 2, kLevels>(weights, x, token, out, product.rows, rows); break;

@@ -6,38 +6,57 @@ int64_t token_block(int64_t remaining) {
   return size;
 }
 
-// One group of one token: codes, scale, and the sum of what the codes stand for. `second` is the place of the second
-// level's codes, or nullptr.
-inline void quantize_group(const float* x, int8_t* codes, int8_t* second, float* scale, float* total) {
+// Magnitudes from which on an element counts as infinite, and below which its group counts as zero: between them the
+// exponents of all scales, of their products with those of weights and of a group's sum are those of normal numbers.
+constexpr float kLargest = 0x1p122f, kSmallest = 0x1p-88f;
+
+// What one group of one token becomes. A group that holds what is infinite or no number is all zeros.
+struct Group {
+  float scale;
+  int32_t sum;  // of its codes
+  bool finite;
+};
+
+// `second` is the place of the second level's codes, or nullptr.
+inline Group quantize_group(const float* x, int8_t* codes, int8_t* second) {
   const Floats low = load(x), high = load(x + 16);
   const int32_t bits = largest(larger_magnitude(larger_magnitude(int_zeros(), low), high));
   float magnitude;
   __builtin_memcpy(&magnitude, &bits, sizeof magnitude);
-  if (!(magnitude <= 3.402823466e38f)) {
-    // Infinity or no number: so is then every product with this group, as it would be without quantization.
+  const bool finite = magnitude < kLargest;
+  if (!finite || magnitude < kSmallest) {
     __builtin_memset(codes, 0, kGroup);
     if (second != nullptr) __builtin_memset(second, 0, kGroup);
-    *scale = *total = __builtin_nanf("");
-    return;
+    return {0.0f, 0, finite};
   }
-  // Below this a code's inverse scale would overflow. Such a group is zero beside any other.
-  const bool vanishes = magnitude < 1e-30f;
-  const Floats inverse = broadcast(vanishes ? 0.0f : 127.0f / magnitude);
-  const Floats scaled_low = multiply(low, inverse), scaled_high = multiply(high, inverse);
-  const Ints first_low = to_ints(scaled_low), first_high = to_ints(scaled_high);
-  store_int8(codes, first_low);
-  store_int8(codes + 16, first_high);
-  *scale = vanishes ? 0.0f : magnitude / 127.0f;
-  float sum_of_codes = static_cast<float>(sum(add(first_low, first_high)));
-  if (second != nullptr) {
-    const Floats steps = broadcast(1.0f / kSecondStep);
-    const Ints rest_low = to_ints(multiply(subtract(scaled_low, to_floats(first_low)), steps));
-    const Ints rest_high = to_ints(multiply(subtract(scaled_high, to_floats(first_high)), steps));
-    store_int8(second, rest_low);
-    store_int8(second + 16, rest_high);
-    sum_of_codes += static_cast<float>(sum(add(rest_low, rest_high))) * kSecondStep;
+  if (second == nullptr) {
+    const Floats inverse = broadcast(127.0f / magnitude);
+    const Ints first_low = to_ints(multiply(low, inverse)), first_high = to_ints(multiply(high, inverse));
+    store_int8(codes, first_low);
+    store_int8(codes + 16, first_high);
+    return {magnitude / 127.0f, sum(add(first_low, first_high)), true};
   }
-  *total = *scale * sum_of_codes;
+  // The least power of two that no element is more than 127 * 256 + 127 of.
+  const float enlarged = magnitude * (32768.0f / 32639.0f);
+  int32_t exponent;
+  __builtin_memcpy(&exponent, &enlarged, sizeof exponent);
+  exponent = (exponent >> 23) - 14;
+  const int32_t scale_bits = exponent << 23, inverse_bits = (254 - exponent) << 23;
+  float scale, inverse;
+  __builtin_memcpy(&scale, &scale_bits, sizeof scale);
+  __builtin_memcpy(&inverse, &inverse_bits, sizeof inverse);
+  int32_t total = 0;
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const Ints code = to_ints(multiply(half == 0 ? low : high, broadcast(inverse)));
+    // The nearest multiple of 256, and what is left: -128 to 127, of which -128 is left to its neighbour.
+    const Ints first = shift_right<8>(add(code, broadcast_int(128)));
+    const Ints rest = maximum(subtract(code, shift_left<8>(first)), broadcast_int(-127));
+    store_int8(codes + 16 * half, first);
+    store_int8(second + 16 * half, rest);
+    total += sum(add(shift_left<8>(first), rest));
+  }
+  return {scale, total, true};
 }
 
 void quantize(const float* x, int64_t begin, int64_t last, const Activations& to) {
@@ -45,16 +64,21 @@ void quantize(const float* x, int64_t begin, int64_t last, const Activations& to
   for (int64_t token = begin; token < last;) {
     const int64_t count = token_block(to.tokens - token);
     int8_t* codes = to.codes + token * width * to.levels;
-    float* scales = to.scales + token * to.groups;
-    float* sums = to.sums + token * to.groups;
+    const int64_t numbers = token * to.groups;
     for (int64_t inside = 0; inside < count; ++inside) {
       const float* row = x + (token + inside) * width;
+      bool finite = true;
       for (int64_t group = 0; group < to.groups; ++group) {
-        const int64_t at = group * count + inside;
         int8_t* first = codes + (group * to.levels * count + inside) * kGroup;
         int8_t* second = to.levels == 2 ? first + count * kGroup : nullptr;
-        quantize_group(row + group * kGroup, first, second, scales + at, sums + at);
+        const Group made = quantize_group(row + group * kGroup, first, second);
+        const int64_t at = numbers + group * count + inside;
+        to.scales[at] = made.scale;
+        to.sums[at] = made.scale * static_cast<float>(made.sum);
+        to.corrections[at] = -8 * made.sum;
+        finite = finite && made.finite;
       }
+      to.starts[token + inside] = finite ? 0.0f : __builtin_nanf("");
     }
     token += count;
   }

@@ -232,6 +232,13 @@ inline int32_t sum(Ints x) {
 inline Ints to_ints(Floats x) { return {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)}; }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+inline Ints subtract(Ints a, Ints b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+inline Ints maximum(Ints a, Ints b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
+inline Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+template <int kBits>
+inline Ints shift_left(Ints x) { return {_mm256_slli_epi32(x.low, kBits), _mm256_slli_epi32(x.high, kBits)}; }
+template <int kBits>
+inline Ints shift_right(Ints x) { return {_mm256_srai_epi32(x.low, kBits), _mm256_srai_epi32(x.high, kBits)}; }
 // Saturated.
 inline void store_int8(int8_t* p, Ints x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.low, x.high), 0xd8);
@@ -304,5 +311,9 @@ inline Ints dot_one_group(const Bytes (&weights)[8], const int8_t* x) {
 
 template <int kBits, int kCount>
 inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
-  for (int t = 0; t < kCount; ++t) sums[t] = dot_one_group<kBits>(weights, x + kGroup * t);
+  for (int t = 0; t < kCount; ++t) sums[t] = add(sums[t], dot_one_group<kBits>(weights, x + kGroup * t));
 }
+
+struct Scales { Floats value; };
+inline Scales scales_of(Floats value) { return {value}; }
+inline Floats times_power(const Scales& scales, const float* power) { return multiply(scales.value, broadcast(*power)); }

@@ -170,6 +170,13 @@ inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32(x); }
 inline Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints maximum(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline Ints broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
+template <int kBits>
+inline Ints shift_left(Ints x) { return _mm512_slli_epi32(x, kBits); }
+template <int kBits>
+inline Ints shift_right(Ints x) { return _mm512_srai_epi32(x, kBits); }
 inline void store_int8(int8_t* p, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
@@ -183,12 +190,29 @@ inline Bytes with_fifth_bits(Bytes x, const uint8_t* p) {
   __builtin_memcpy(&bits, p, sizeof bits);
   return _mm512_mask_add_epi8(x, _cvtu64_mask64(bits), x, _mm512_set1_epi8(16));
 }
-// Sums over one group for kCount tokens: `weights[j]` holds elements 4 j to 4 j + 3 of sixteen rows, `x` the 32 codes of
-// one token after the other. The tokens take turns, as each sum waits five cycles for the last.
+// Scales of sixteen rows, to be multiplied with powers of two in the integer units, which have less to do than those
+// that multiply: their exponents are added, where the scale is neither zero nor infinite nor none.
+struct Scales {
+  Floats value;
+  Ints lowered;
+  __mmask16 normal;
+};
+inline Scales scales_of(Floats value) {
+  const Ints bits = _mm512_castps_si512(value);
+  const __mmask16 other = _mm512_fpclass_ps_mask(value, 0x01 | 0x02 | 0x04 | 0x08 | 0x10 | 0x80);
+  return {value, _mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f800000)), static_cast<__mmask16>(~other)};
+}
+inline Floats times_power(const Scales& scales, const float* power) {
+  int32_t bits;
+  __builtin_memcpy(&bits, power, sizeof bits);
+  return _mm512_castsi512_ps(_mm512_mask_add_epi32(_mm512_castps_si512(scales.value), scales.normal, scales.lowered,
+                                                   _mm512_set1_epi32(bits)));
+}
+
+// Adds to `sums` those over one group for kCount tokens: `weights[j]` holds elements 4 j to 4 j + 3 of sixteen rows, `x`
+// the 32 codes of one token after the other. The tokens take turns, as each sum waits five cycles for the last.
 template <int kBits, int kCount>
 inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
-#pragma GCC unroll 4
-  for (int t = 0; t < kCount; ++t) sums[t] = _mm512_setzero_si512();
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 4

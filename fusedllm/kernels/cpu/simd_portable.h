@@ -198,6 +198,13 @@ inline Ints to_ints(Floats x) {
 }
 inline Floats to_floats(Ints x) { return each([&](int i) { return static_cast<float>(x.lane[i]); }); }
 inline Ints add(Ints a, Ints b) { return each_int([&](int i) { return a.lane[i] + b.lane[i]; }); }
+inline Ints subtract(Ints a, Ints b) { return each_int([&](int i) { return a.lane[i] - b.lane[i]; }); }
+inline Ints maximum(Ints a, Ints b) { return each_int([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+inline Ints broadcast_int(int32_t x) { return each_int([&](int) { return x; }); }
+template <int kBits>
+inline Ints shift_left(Ints x) { return each_int([&](int i) { return x.lane[i] * (1 << kBits); }); }
+template <int kBits>
+inline Ints shift_right(Ints x) { return each_int([&](int i) { return x.lane[i] >> kBits; }); }
 inline void store_int8(int8_t* p, Ints x) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.lane[i]);
 }
@@ -233,5 +240,9 @@ inline Ints dot_one_group(const Bytes (&weights)[8], const int8_t* x) {
 
 template <int kBits, int kCount>
 inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
-  for (int t = 0; t < kCount; ++t) sums[t] = dot_one_group(weights, x + kGroup * t);
+  for (int t = 0; t < kCount; ++t) sums[t] = add(sums[t], dot_one_group(weights, x + kGroup * t));
 }
+
+struct Scales { Floats value; };
+inline Scales scales_of(Floats value) { return {value}; }
+inline Floats times_power(const Scales& scales, const float* power) { return multiply(scales.value, broadcast(*power)); }

@@ -31,16 +31,17 @@ constexpr int kFormats = 8;
 
 inline bool is_packed(Format format) { return format < Format::kBfloat16; }
 
-// A second level of codes has steps of this part of the first one's: it holds what rounding to the first has lost.
-constexpr float kSecondStep = 1.0f / 254;
-
-// Activations of `tokens` tokens, quantized. Tokens lie in blocks (the variant's `token_block` says of how many); in a
-// block of n tokens group g holds `codes[levels][n][32]`, `scales[n]`, `sums[n]`. `sums` are the sums of the group's
-// elements, as the codes have them.
+// Activations of `tokens` tokens, quantized to codes of one or two digits (levels) of eight bits, each from -127 to 127:
+// first * 256 + second, or first alone. Tokens lie in blocks (the variant's `token_block` says of how many); in a block
+// of n tokens group g holds `codes[levels][n][32]`, `scales[n]`, `sums[n]` and `corrections[n]`. With two levels a scale
+// is a power of two. `sums` are the sums of the group's elements, as the codes have them, and `corrections` the sums of
+// its codes times -8. A token's `start` is zero, or no number where one of its elements is infinite or none.
 struct Activations {
   int8_t* codes;
   float* scales;
   float* sums;
+  int32_t* corrections;
+  float* starts;
   int64_t tokens;
   int64_t groups;
   int64_t levels;  // 1 or 2
