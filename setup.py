@@ -19,10 +19,12 @@ from setuptools.errors import CompileError
 SOURCES = sorted(path.as_posix() for path in Path("fusedllm/kernels/cpu").glob("*.cc"))
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # Only these files may contain instructions that not every processor has; which of them run is decided at run time.
 VARIANT_FLAGS = {
     "variant_avx2.cc": AVX2,
-    "variant_avx512.cc": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+    "variant_avx512.cc": AVX512,
+    "variant_avx512bf16.cc": [*AVX512, "-mavx512bf16"],
 }
 # Of a build for the sanitizers, say.
 EXTRA = os.environ.get("FUSEDLLM_BUILD_FLAGS", "").split()

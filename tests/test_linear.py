@@ -35,6 +35,12 @@ def bound(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return 0.5 * groups @ magnitudes.T
 
 
+def rounded_activations(isa: str, dtype: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """How far products may move where the processor multiplies bfloat16 with bfloat16: half a step of activations."""
+    applies = isa == "avx512bf16" and dtype == "bfloat16" and len(x) > 8
+    return np.abs(x) @ np.abs(weight).T * (2.0**-8 if applies else 0.0)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=12)
 @given(
@@ -63,9 +69,11 @@ def test_products_equal_those_of_the_decoded_weights(isa, names, groups, tokens,
         exact = x.astype(np.float64) @ matrix.T.astype(np.float64)
         # Rounding of float32 sums, whose terms with offset 128 are larger than the weights that they make.
         slack = 1e-5 * (np.abs(x) @ np.abs(matrix).T + 128 * np.abs(x).sum(axis=1, keepdims=True) * 0.01)
-        assert (np.abs(near - exact) <= bound(x, matrix) / 100 + slack).all()
         if name in PLAIN:
+            slack += rounded_activations(isa, name, x, matrix)
+            assert (np.abs(near - exact) <= slack).all()
             continue
+        assert (np.abs(near - exact) <= bound(x, matrix) / 100 + slack).all()
         assert (np.abs(product - exact) <= bound(x, matrix) * 1.01 + slack).all()
         # And nothing but the rounding of activations: a code may go the other way where two are equally near.
         moved = np.abs(product - as_codes(x) @ matrix.T.astype(np.float64))
@@ -155,7 +163,9 @@ def test_plain_weights_of_any_width(isa, dtype):
             x = rng.standard_normal((tokens, width)).astype(np.float32)
             with native.using_isa(isa):
                 (product,) = linear(jnp.asarray(x), weight, implementation="ffi")
-            np.testing.assert_allclose(product, x @ np.asarray(weight, np.float32).T, atol=1e-4)
+            matrix = np.asarray(weight, np.float32)
+            error = np.abs(np.asarray(product) - x @ matrix.T)
+            assert (error <= 1e-4 + rounded_activations(isa, dtype, x, matrix)).all()
 
 
 def test_several_threads_give_what_one_gives():

@@ -32,14 +32,14 @@ HANDLERS = (
 )
 
 # Best first.
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 ISA_VARIABLE = "FUSEDLLM_CPU_ISA"
 
 # The path of another library than the installed one: `scripts/sanitize.py` builds one with checks.
 LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 
 # Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
-INTERFACE = 4
+INTERFACE = 5
 
 
 class MissingKernelsWarning(UserWarning):

@@ -2,6 +2,7 @@
 #include "quantize_kernel.h"
 #include "packed_product_kernel.h"
 #include "float_product_kernel.h"
+#include "bfloat16_product_kernel.h"
 #include "exp_kernel.h"
 #include "cache_kernel.h"
 #include "prefill_attention_kernel.h"
@@ -10,7 +11,8 @@
 #include "rows_kernel.h"
 
 constexpr Kernels kTable = {
-    kName, token_block, quantize, interleave, packed_product, float_product, float_vector_product,
+    kName, token_block, quantize, interleave, packed_product, float_product, interleave_pairs, bfloat16_product,
+    float_vector_product,
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
     merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu,
 };

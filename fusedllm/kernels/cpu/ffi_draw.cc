@@ -209,7 +209,7 @@ bool is_row(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t batch) {
 }
 
 ffi::Error draw(ffi::AnyBuffer logits, ffi::AnyBuffer temperature, ffi::AnyBuffer top_k, ffi::AnyBuffer top_p,
-                ffi::AnyBuffer min_p, ffi::AnyBuffer uniform, ffi::Result<ffi::AnyBuffer> tokens) {
+                ffi::AnyBuffer min_p, ffi::AnyBuffer uniform, ffi::Result<ffi::AnyBuffer> tokens) try {
   const auto dimensions = logits.dimensions();
   if (logits.element_type() != ffi::F32 || dimensions.size() != 2 || dimensions[1] < 1 ||
       dimensions[1] > std::numeric_limits<int32_t>::max()) {
@@ -228,6 +228,8 @@ ffi::Error draw(ffi::AnyBuffer logits, ffi::AnyBuffer temperature, ffi::AnyBuffe
     tokens->typed_data<int32_t>()[i] = row.draw(uniform.typed_data<float>()[i]);
   });
   return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fusedllm: draw: no memory for the probabilities.");
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ class Linear {
 
   void add(const Product& product) {
     products_[count_++] = product;
-    (is_packed(product.format) ? packed_ : plain_) = true;
+    (is_packed(product.format) ? packed_ : (pairs(product) ? paired_ : plain_)) = true;
   }
 
   void run() {
@@ -80,9 +80,13 @@ class Linear {
   }
 
  private:
+  // Whether a product is one of bfloat16 pairs.
+  bool pairs(const Product& product) const {
+    return product.format == Format::kBfloat16 && tokens_ > kFewTokens && kernels_.bfloat16_product != nullptr;
+  }
+
   // Quantizes or interleaves the activations, as the products ask.
   void prepare() {
-    const Kernels& kernels = fusedllm::kernels();
     const auto over_tokens = [&](const auto& body) {
       if (tokens_ * width_ <= kFewElements) return body(0, tokens_);
       constexpr int64_t kTokens = 16;
@@ -102,31 +106,39 @@ class Linear {
                     tokens_,
                     groups,
                     levels_};
-      over_tokens([&](int64_t first, int64_t last) { kernels.quantize(x_, first, last, quantized_); });
+      over_tokens([&](int64_t first, int64_t last) { kernels_.quantize(x_, first, last, quantized_); });
     }
     if (plain_ && tokens_ > kFewTokens) {
       static thread_local Scratch scratch;
       interleaved_ = {scratch.of<float>(tokens_ * width_), tokens_, width_};
-      over_tokens([&](int64_t first, int64_t last) { kernels.interleave(x_, first, last, interleaved_); });
+      over_tokens([&](int64_t first, int64_t last) { kernels_.interleave(x_, first, last, interleaved_); });
+    }
+    if (paired_) {
+      static thread_local Scratch scratch;
+      paired_activations_ = {scratch.of<float>(tokens_ * ((width_ + 1) / 2)), tokens_, width_};
+      over_tokens([&](int64_t first, int64_t last) { kernels_.interleave_pairs(x_, first, last, paired_activations_); });
     }
   }
 
   void multiply(const Product& product, const Cut& cut, int64_t chunk, int64_t token_part) const {
-    const Kernels& kernels = fusedllm::kernels();
     const int64_t first = token_part * cut.tokens_a_part, last = std::min(tokens_, first + cut.tokens_a_part);
     const int64_t first_panel = chunk * cut.panels_a_chunk;
     const int64_t last_panel = std::min(cut.panels, first_panel + cut.panels_a_chunk);
     if (is_packed(product.format)) {
-      kernels.packed_product(product, quantized_, first_panel, last_panel, first, last);
+      kernels_.packed_product(product, quantized_, first_panel, last_panel, first, last);
     } else if (tokens_ > kFewTokens) {
       static thread_local Scratch scratch;
-      kernels.float_product(product, interleaved_, first_panel, last_panel, first, last,
-                            scratch.of<float>(width_ * kPanelRows));
+      float* panel = scratch.of<float>(width_ * kPanelRows);
+      if (pairs(product)) {
+        kernels_.bfloat16_product(product, paired_activations_, first_panel, last_panel, first, last, panel);
+      } else {
+        kernels_.float_product(product, interleaved_, first_panel, last_panel, first, last, panel);
+      }
     } else {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t row = panel * kPanelRows;
         for (int64_t token = first; token < last; ++token) {
-          kernels.float_vector_product(product, x_ + token * width_, row, std::min(row + kPanelRows, product.rows),
+          kernels_.float_vector_product(product, x_ + token * width_, row, std::min(row + kPanelRows, product.rows),
                                        product.out + token * product.rows);
         }
       }
@@ -140,9 +152,12 @@ class Linear {
   int count_ = 0;
   bool packed_ = false;
   bool plain_ = false;
+  bool paired_ = false;
   std::array<Product, kMostProducts> products_;
   Activations quantized_{};
   FloatActivations interleaved_{};
+  FloatActivations paired_activations_{};
+  const Kernels& kernels_ = fusedllm::kernels();
 };
 
 ffi::Error check_weight(int index, Format format, const ffi::AnyBuffer& weight, int64_t rows, int64_t width) {

@@ -93,14 +93,13 @@ template <Format kFormat>
 void transpose_panel(const Product& product, int64_t row, int rows, float* scratch) {
   const int64_t width = product.width;
   const int64_t row_bytes = width * element_bytes<kFormat>();
-  float lanes[16];
-  for (int r = 0; r < kPanelRows; ++r) {
-    const uint8_t* source = product.weight + (row + r) * row_bytes;
-    for (int64_t k = 0; k < width; k += 16) {
-      const int count = width - k < 16 ? static_cast<int>(width - k) : 16;
-      store(lanes, r < rows ? load_row<kFormat>(source, k, width) : zeros());
-      for (int i = 0; i < count; ++i) scratch[(k + i) * kPanelRows + r] = lanes[i];
+  for (int64_t k = 0; k < width; k += 16) {
+    Floats block[16];
+    for (int r = 0; r < kPanelRows; ++r) {
+      block[r] = r < rows ? load_row<kFormat>(product.weight + (row + r) * row_bytes, k, width) : zeros();
     }
+    transpose(block);
+    for (int64_t i = 0; i < 16 && k + i < width; ++i) store(scratch + (k + i) * kPanelRows, block[i]);
   }
 }
 

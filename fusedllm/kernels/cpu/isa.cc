@@ -11,7 +11,7 @@ namespace fusedllm {
 namespace {
 
 const Kernels* best() {
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"avx512bf16", "avx512", "avx2"}) {
     if (const Kernels* found = kernels_named(name)) return found;
   }
   return portable_kernels();
@@ -39,10 +39,10 @@ const Kernels* kernels_named(const char* name) {
       __builtin_cpu_supports("f16c")) {
     return avx2_kernels();
   }
-  if (std::strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni")) {
-    return avx512_kernels();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    if (std::strcmp(name, "avx512") == 0) return avx512_kernels();
+    if (std::strcmp(name, "avx512bf16") == 0 && __builtin_cpu_supports("avx512bf16")) return avx512bf16_kernels();
   }
 #endif
   return nullptr;
@@ -61,7 +61,7 @@ int fusedllm_choose_isa(const char* name) {
 
 int fusedllm_has_isa(const char* name) { return fusedllm::kernels_named(name) != nullptr; }
 
-int fusedllm_interface() { return 4; }
+int fusedllm_interface() { return 5; }
 
 int fusedllm_threads() { return fusedllm::Pool::instance().threads(); }
 

@@ -1,6 +1,8 @@
 #include "pool.h"
 
 #include <chrono>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -45,8 +47,7 @@ void Pool::set_threads(int count) {
 
 void Pool::run_erased(int64_t items, Function function, const void* context) {
   const int threads = this->threads();
-  std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-  if (items <= 1 || threads <= 1 || items >= 0x7fffffff || !owner.owns_lock()) {
+  if (items <= 1 || threads <= 1 || items >= 0x7fffffff || in_use_.exchange(true, std::memory_order_acquire)) {
     for (int64_t item = 0; item < items; ++item) function(context, item);
     return;
   }
@@ -56,6 +57,7 @@ void Pool::run_erased(int64_t items, Function function, const void* context) {
   context_.store(context, std::memory_order_relaxed);
   items_.store(items, std::memory_order_relaxed);
   allowed_.store(threads - 1, std::memory_order_relaxed);
+  failed_.store(false, std::memory_order_relaxed);
   finished_.store(0, std::memory_order_relaxed);
   const uint32_t loop = loop_of(ticket_.load(std::memory_order_relaxed)) + 1;
   ticket_.store(static_cast<uint64_t>(loop) << 32 | static_cast<uint64_t>(items));
@@ -65,10 +67,7 @@ void Pool::run_erased(int64_t items, Function function, const void* context) {
     wake_.notify_all();
   }
   int64_t item;
-  while (take(loop, items, &item)) {
-    function(context, item);
-    finished_.fetch_add(1, std::memory_order_acq_rel);
-  }
+  while (take(loop, items, &item)) call(function, context, item);
   for (int spins = 0; finished_.load(std::memory_order_acquire) < items; ++spins) {
     if (spins < kSpinsBeforeYield) {
       relax();
@@ -76,6 +75,19 @@ void Pool::run_erased(int64_t items, Function function, const void* context) {
       std::this_thread::yield();
     }
   }
+  const bool failed = failed_.load(std::memory_order_relaxed);
+  in_use_.store(false, std::memory_order_release);
+  if (failed) throw std::bad_alloc();
+}
+
+// Whatever an item throws: the others still use what the caller's frame holds, and nobody would catch it in a worker.
+void Pool::call(Function function, const void* context, int64_t item) {
+  try {
+    function(context, item);
+  } catch (...) {
+    failed_.store(true, std::memory_order_relaxed);
+  }
+  finished_.fetch_add(1, std::memory_order_acq_rel);
 }
 
 bool Pool::take(uint32_t loop, int64_t items, int64_t* item) {
@@ -100,10 +112,7 @@ void Pool::work(int index) {
     const int64_t items = items_.load(std::memory_order_relaxed);
     if (index >= allowed_.load(std::memory_order_relaxed)) continue;
     int64_t item;
-    while (take(loop, items, &item)) {
-      function(context, item);
-      finished_.fetch_add(1, std::memory_order_acq_rel);
-    }
+    while (take(loop, items, &item)) call(function, context, item);
   }
 }
 
@@ -125,8 +134,12 @@ void Pool::wait_for_more(uint32_t seen, int index) {
 }
 
 void Pool::start_workers() {
-  for (const int wanted = threads() - 1; started_ < wanted; ++started_) {
-    std::thread([this, index = started_] { work(index); }).detach();
+  try {
+    for (const int wanted = threads() - 1; started_ < wanted; ++started_) {
+      std::thread([this, index = started_] { work(index); }).detach();
+    }
+  } catch (const std::system_error&) {
+    // The system allows no more threads: those that there are share the work.
   }
 }
 

@@ -24,7 +24,8 @@ class Pool {
   void set_threads(int count);
 
   // Calls body(item) for each item from 0 to items - 1 and returns when all have returned. A loop that finds the pool
-  // in use (called from another loop, or by another thread) runs in the caller alone.
+  // in use (called from another loop, or by another thread) runs in the caller alone. A body may throw
+  // std::bad_alloc; it is thrown on when all items are done with.
   template <typename Body>
   void run(int64_t items, const Body& body) {
     run_erased(items, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
@@ -40,11 +41,13 @@ class Pool {
   void work(int index);
   bool take(uint32_t loop, int64_t items, int64_t* item);
   void wait_for_more(uint32_t seen, int index);
+  void call(Function function, const void* context, int64_t item);
   void start_workers();
 
   std::atomic<int> threads_;
-  std::mutex owner_;     // held by the thread whose loop runs
-  int started_ = 0;      // workers that exist; guarded by owner_
+  std::atomic<bool> in_use_{false};  // a thread's loop runs
+  int started_ = 0;                  // workers that exist; for that thread alone
+  std::atomic<bool> failed_{false};  // an item of the loop has thrown
   // High half: number of the loop; low half: how many of its items nobody has taken. One word, so that a worker that
   // is late for a loop can tell that it is: taking an item fails unless the loop is the one whose fields were read.
   alignas(64) std::atomic<uint64_t> ticket_{0};

@@ -1,6 +1,11 @@
-// Sixteen lanes in one AVX-512 register. Included by variant_avx512.cc only, inside the variant's namespace.
+// Sixteen lanes in one AVX-512 register. Included by variant_avx512.cc and variant_avx512bf16.cc only, inside the
+// variant's namespace.
 
+#if defined(__AVX512BF16__)
+constexpr const char* kName = "avx512bf16";
+#else
 constexpr const char* kName = "avx512";
+#endif
 // Blocks of tokens in a product: as many sums as fit into registers beside eight of weights.
 constexpr int kMostTokens = 16;
 // Tokens whose integer sums are made side by side.
@@ -190,6 +195,21 @@ inline Bytes with_fifth_bits(Bytes x, const uint8_t* p) {
   __builtin_memcpy(&bits, p, sizeof bits);
   return _mm512_mask_add_epi8(x, _cvtu64_mask64(bits), x, _mm512_set1_epi8(16));
 }
+#if defined(__AVX512BF16__)
+// 32 elements as sixteen pairs of bfloat16, rounded to the nearest; and to each lane's total its pair of products with
+// the one pair at `x`.
+inline Floats pairs_of(Floats low, Floats high) {
+  const __m512bh pairs = _mm512_cvtne2ps_pbh(high, low);
+  Floats result;
+  __builtin_memcpy(&result, &pairs, sizeof result);
+  return result;
+}
+inline Floats add_pair_products(Floats totals, Floats pairs, const float* x) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(totals) : "v"(pairs), "m"(*x));
+  return totals;
+}
+#endif
+
 // Scales of sixteen rows, to be multiplied with powers of two in the integer units, which have less to do than those
 // that multiply: their exponents are added, where the scale is neither zero nor infinite nor none.
 struct Scales {

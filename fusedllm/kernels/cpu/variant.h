@@ -47,7 +47,7 @@ struct Activations {
   int64_t levels;  // 1 or 2
 };
 
-// Plain activations in the same blocks, each element k of a block as `[k][n]`.
+// Plain activations in the same blocks, each element k of a block as `[k][n]`, or each pair of bfloat16 elements.
 struct FloatActivations {
   float* values;
   int64_t tokens;
@@ -77,6 +77,11 @@ struct Kernels {
   // The same for plain rows. `scratch` holds `16 * width` floats.
   void (*float_product)(const Product& product, const FloatActivations& x, int64_t first_panel, int64_t last_panel,
                         int64_t first, int64_t last, float* scratch);
+  // Both for products of bfloat16 with bfloat16, or null: activations as pairs of the elements, rounded, and the product
+  // with plain rows of bfloat16. Both take the memory that the two above take.
+  void (*interleave_pairs)(const float* x, int64_t first, int64_t last, const FloatActivations& to);
+  void (*bfloat16_product)(const Product& product, const FloatActivations& x, int64_t first_panel, int64_t last_panel,
+                           int64_t first, int64_t last, float* scratch);
   // Rows [first, last) of a plain matrix times one token, `x[width]`, without any other preparation.
   void (*float_vector_product)(const Product& product, const float* x, int64_t first_row, int64_t last_row,
                                float* out);
@@ -111,5 +116,6 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
 
 }  // namespace fusedllm
