@@ -4,8 +4,8 @@
     python benchmarks/cpu_quality.py --windows 2 --json benchmarks/results/cpu-quality.json
 
 SmolLM2-135M on the text of the tests: eight windows of 512 tokens, each scored on its own, its first token unscored.
-The reference is `dtype="float32"`, XLA's products with dequantized weights; beside our default stands llama.cpp, on
-the same file. Each side is a process of its own.
+The reference is `dtype="float32"`, XLA's products with dequantized weights; beside activations of 16 and of 8
+bits stands llama.cpp, on the same file. Each side is a process of its own.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ import numpy as np
 from common import Worker, environment, serve, table, write_json
 
 STORED = Path(__file__).parents[1] / "tests" / "data" / "smollm2.json"
-NAMES = {"reference": "fusedllm, float32", "ours": "fusedllm, default", "llama.cpp": "llama.cpp"}
+NAMES = {
+    "reference": "fusedllm, float32",
+    "ours": "fusedllm, activations of 16 bits (default)",
+    "ours-8": "fusedllm, activations of 8 bits",
+    "llama.cpp": "llama.cpp",
+}
 
 
 class Ours:
-    """fusedllm in `dtype`."""
+    """fusedllm in `dtype`, with activations of so many bits."""
 
-    def __init__(self, path: str, dtype: str, threads: int) -> None:
+    def __init__(self, path: str, dtype: str, bits: int, threads: int) -> None:
         import fusedllm
 
-        self._llm = fusedllm.load(path, dtype=dtype, max_context=1024, threads=threads)
+        self._llm = fusedllm.load(path, dtype=dtype, max_context=1024, activation_bits=bits, threads=threads)
 
     def save_logits(self, ids: list[int], path: str) -> None:
         """Writes the logits after each token of `ids`, float32 `[seq, vocab]`, as a NumPy file."""
@@ -110,12 +115,16 @@ def main() -> None:
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        kind, path, value = arguments.worker
+        kind, path, *values = arguments.worker
         if kind == "llama.cpp":
-            return serve(lambda: cpu_peers.LlamaCpp(value, path, arguments.threads, context=1024))
-        return serve(lambda: Ours(path, value, arguments.threads))
+            return serve(lambda: cpu_peers.LlamaCpp(values[0], path, arguments.threads, context=1024))
+        return serve(lambda: Ours(path, values[0], int(values[1]), arguments.threads))
     path = str(cpu_models.path_of("smollm2"))
-    sides = {"reference": ("ours", path, "float32"), "ours": ("ours", path, "auto")}
+    sides: dict[str, tuple[str, ...]] = {
+        "reference": ("ours", path, "float32", "16"),
+        "ours": ("ours", path, "auto", "16"),
+        "ours-8": ("ours", path, "auto", "8"),
+    }
     if library := arguments.llama or next(iter(cpu_peers.libraries()), None):
         sides["llama.cpp"] = ("llama.cpp", path, library)
     else:
