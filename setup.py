@@ -41,13 +41,22 @@ class BuildKernels(build_ext):
         include = str(Path(jaxlib.origin).parent / "include")
         x86 = platform.machine().lower() in ("x86_64", "amd64")
 
-        def compile_one(source: str) -> list[str]:
-            flags = [*FLAGS, *(VARIANT_FLAGS.get(Path(source).name, []) if x86 else []), *EXTRA]
-            # As a system's header, whose warnings are not ours.
-            flags += ["-isystem", include]
+        def compile_with(source: str, variant: list[str]) -> list[str]:
+            # jaxlib's as a system's header, whose warnings are not ours.
+            flags = [*FLAGS, *variant, *EXTRA, "-isystem", include]
             return self.compiler.compile(
                 [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
             )
+
+        def compile_one(source: str) -> list[str]:
+            variant = VARIANT_FLAGS.get(Path(source).name, []) if x86 else []
+            try:
+                return compile_with(source, variant)
+            except CompileError:
+                if not variant:
+                    raise
+                # An older compiler, or one for another processor. Without its flags a variant is left out.
+                return compile_with(source, [])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]

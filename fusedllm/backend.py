@@ -49,10 +49,12 @@ def runs_native(implementation: str | None) -> bool:
     """Whether the native kernels run, where `implementation` was asked for (`None`: the best there is).
 
     Raises:
-      ImplementationError: `ffi` was asked for and can't run.
+      ImplementationError: `ffi` or `pallas` was asked for and can't run.
     """
     if implementation not in (None, "xla", "ffi", "pallas"):
         raise ImplementationError(f"implementation must be xla, ffi or pallas, got {implementation!r}.")
+    if implementation == "pallas" and jax.default_backend() == "cpu":
+        raise ImplementationError("the implementation 'pallas' can't run: Pallas has no lowering for the CPU.")
     if jax.default_backend() != "cpu" or implementation == "xla":
         return False
     if implementation == "ffi" and (problem := native.why_unavailable()):
@@ -66,8 +68,8 @@ def set_threads(threads: int, native_kernels: bool) -> None:
     Raises:
       ConfigError: no positive integer.
     """
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ConfigError(f"threads must be an integer of at least 1, got {threads!r}.")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= native.MOST_THREADS:
+        raise ConfigError(f"threads must be an integer from 1 to {native.MOST_THREADS}, got {threads!r}.")
     if native_kernels:
         native.set_threads(threads)
 

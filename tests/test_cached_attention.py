@@ -268,6 +268,31 @@ def test_positions_and_pages_that_do_not_exist_are_refused(changed, sentence):
         jax.block_until_ready(Call(DECODE[0], "bfloat16", [0, 1, 2], seed=11).run(**changed))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("page", [-1, 2**31 - 1])
+def test_pages_before_the_window_are_not_read(isa, page):
+    """A scheduler may give them to somebody else, and leave whatever it likes in the table."""
+    shape = Shape(batch=1, seq=16, heads=4, kv_heads=2, head_dim=8, page_size=16, table=15, window=8)
+    call = Call(shape, "bfloat16", [208], seed=13)
+    table = call.table.copy()
+    table[0, : (208 - 8 + 1) // 16] = page
+    with native.using_isa(isa):
+        expected, _ = call.run()
+        mixed, _ = call.run(table=table)
+    np.testing.assert_array_equal(mixed, expected)
+    assert np.isfinite(mixed).all()
+
+
+@pytest.mark.parametrize("window", [0, -3, 5.0, True, 2**31])
+def test_a_window_that_is_none_is_refused(window):
+    call = Call(DECODE[0], "bfloat16", [0, 1, 2], seed=11)
+    with pytest.raises((ValueError, TypeError), match="window"):
+        cached_attention(
+            *map(jnp.asarray, (call.q, call.k, call.v, call.cos, call.sin)), call.pages,
+            jnp.asarray(call.table), jnp.asarray(call.start), window=window,
+        )  # fmt: skip
+
+
 def operands(**changed) -> list[np.ndarray]:
     """Of the FFI call itself, all right but for what is changed."""
     right = {

@@ -67,6 +67,25 @@ def test_native_draws_are_those_of_xla(isa, vocab):
     assert (logits[np.arange(batch), found][different] > -np.inf).all()
 
 
+@pytest.mark.parametrize("implementation", ["xla", *(["ffi"] if ISAS else [])])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_logits_that_are_no_numbers_still_give_a_token(implementation, filters):
+    vocab = 999
+    logits = np.zeros((5, vocab), np.float32)
+    logits[0] = np.nan
+    logits[1, 500] = np.nan
+    logits[2, 998] = np.inf
+    logits[3] = -np.inf
+    logits[4, :3] = [np.inf, -np.inf, np.nan]
+    settings = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+    rows = [jnp.full(5, value, jnp.int32 if name == "top_k" else jnp.float32) for name, value in settings.items()]
+    for uniform in (0.0, 0.5, 0.999999):
+        tokens = draw(jnp.asarray(logits), *rows, jnp.full(5, uniform), implementation=implementation)
+        assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < vocab)).all()
+        if implementation == "ffi":
+            assert tokens[2] == 998
+
+
 def test_the_binding_refuses_bad_input_with_a_sentence():
     def call(logits, *rest):
         return jax.block_until_ready(

@@ -80,9 +80,9 @@ def test_asking_for_what_is_missing_is_refused(without_native):
 
 
 @needs_native
-@pytest.mark.parametrize("threads", [0, -1, True, 1.5])
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5, 257, 2**32 + 1])
 def test_a_number_of_threads_that_is_none_is_refused(threads):
-    with pytest.raises(ConfigError, match="threads must be an integer of at least 1"):
+    with pytest.raises(ConfigError, match="threads must be an integer from 1 to 256"):
         fusedllm.load("smollm2-135m", threads=threads)
 
 
@@ -90,6 +90,64 @@ def test_a_number_of_threads_that_is_none_is_refused(threads):
 def test_other_numbers_of_activation_bits_are_refused(bits):
     with pytest.raises(ConfigError, match="activation_bits must be 8 or 16"):
         fusedllm.load("smollm2-135m", activation_bits=bits)
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_threads_are_those_that_the_process_may_use():
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from fusedllm.kernels import native
+print(native.threads())
+"""
+    assert python(code).stdout.strip() == "1"
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    code = """
+import os, numpy as np
+from fusedllm.kernels import native
+from fusedllm.kernels.packed import pack_blocks, packed_shape
+blocks = np.ones((4096, 36), np.uint8)
+def pack():
+    out = np.empty(packed_shape("Q4_0", (4096, 64)), np.uint8)
+    pack_blocks("Q4_0", (4096, 64), blocks, out)
+    return out
+native.set_threads(2)
+expected = pack()
+child = os.fork()
+if child == 0:
+    native.set_threads(8)
+    os._exit(0 if all((pack() == expected).all() for _ in range(50)) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert python(code).stdout.strip() == "0"
+
+
+@needs_native
+def test_who_takes_an_item_changes_no_bit():
+    """XLA's threads flush denormal numbers to zero, others do not; the pool's do as the caller does."""
+    code = """
+import jax.numpy as jnp, numpy as np
+from fusedllm.kernels import native
+from fusedllm.kernels.linear import linear
+from fusedllm.kernels.packed import pack_blocks, packed_shape
+native.set_threads(2)
+out = np.empty(packed_shape("Q4_0", (4096, 64)), np.uint8)
+pack_blocks("Q4_0", (4096, 64), np.ones((4096, 36), np.uint8), out)
+x, weight = jnp.full((1, 8), 1e-20), jnp.full((65536, 8), 1e-20)
+print(len({np.asarray(linear(x, weight, implementation="ffi")[0]).tobytes() for _ in range(5)}),
+      len(np.unique(linear(x, weight, implementation="ffi")[0])))
+"""
+    assert python(code).stdout.split() == ["1", "1"]
+
+
+def test_pallas_is_refused_on_a_cpu():
+    with pytest.raises(ImplementationError, match="no lowering for the CPU"):
+        fusedllm.load("smollm2-135m", implementation="pallas")
 
 
 @needs_native

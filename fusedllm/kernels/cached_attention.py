@@ -49,7 +49,12 @@ def cached_attention(
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't read the cache.
+      ValueError: `window` is no positive integer.
     """
+    if window is not None:
+        if isinstance(window, bool) or not isinstance(window, int | np.integer) or not 1 <= window < 2**31:
+            raise ValueError(f"cached_attention: window must be a positive integer or None, got {window!r}.")
+        window = int(window)
     return choose("cached_attention", {"xla": _cached_attention_xla, "ffi": _cached_attention_ffi}, implementation)(
         q, k, v, cos, sin, pages, page_table, start, window, implementation is not None
     )

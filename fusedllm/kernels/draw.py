@@ -178,7 +178,8 @@ def _inverse_cdf(mass: Float[Array, "batch vocab"], uniform: Float[Array, " batc
     inside = jnp.take_along_axis(stretches, stretch[:, None, None], axis=1)[:, 0]
     before = jnp.where(stretch > 0, jnp.take_along_axis(sums, jnp.maximum(stretch - 1, 0)[:, None], axis=1)[:, 0], 0.0)
     token = _first(before[:, None] + jnp.cumsum(inside, axis=-1) > target[:, None], inside > 0)
-    return (stretch * STRETCH + token).astype(jnp.int32)
+    # Where logits are no numbers, nothing is passed or possible.
+    return jnp.minimum(stretch * STRETCH + token, vocab - 1).astype(jnp.int32)
 
 
 def _first(passed: jax.Array, possible: jax.Array) -> jax.Array:

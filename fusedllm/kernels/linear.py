@@ -17,6 +17,9 @@ from fusedllm.qarray import QuantArray
 # rate of `x @ W.T` (2 to 8 rows of a 2048 x 8192 float32 product: 31 to 25 GB/s against 16 to 6).
 FEW_ROWS = 32
 
+# Of one native call.
+MOST_WEIGHTS = 8
+
 
 def linear(
     x: Float[Array, "*rows in"],
@@ -28,16 +31,25 @@ def linear(
     """`x @ weight.T` for each of `weights`, accumulated in float32, in `out_dtype` (by default that of `x`).
 
     With packed weights the native implementation (`"ffi"`) rounds the activations to eight bits in groups of 32, or if
-    `precise` to two levels of eight bits, some sixteen together; every sum of products is exact then. All other
-    products take the activations as they are. A weight of a kind that the
-    native implementation does not read is left to XLA where nothing was asked for.
+    `precise` to sixteen; the sums of products inside a group are exact then. For bfloat16 weights it rounds them to
+    bfloat16 where the processor multiplies those and `precise` is not asked for. All other products take the
+    activations as they are. A weight of a kind that the native implementation does not read is left to XLA where
+    nothing was asked for.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't read a weight.
+      ValueError: a weight is no matrix with as many columns as `x` has elements in a row.
     """
+    _check_shapes(x, weights)
     return choose("linear", {"xla": _linear_xla, "ffi": _linear_ffi}, implementation)(
         x, weights, out_dtype or x.dtype, precise, implementation is not None
     )
+
+
+def _check_shapes(x: jax.Array, weights: tuple[jax.Array | QuantArray, ...]) -> None:
+    for weight in weights:
+        if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
+            raise ValueError(f"linear: a weight must be [out, {x.shape[-1]}] for this x, got {list(weight.shape)}.")
 
 
 def _linear_xla(
@@ -69,6 +81,9 @@ def _linear_ffi(
             + ", ".join(_kind(weight) for weight in weights if _format_number(weight) is None)
             + "."
         )
+    if len(weights) > MOST_WEIGHTS:
+        parts = (weights[:MOST_WEIGHTS], weights[MOST_WEIGHTS:])
+        return tuple(out for part in parts for out in _linear_ffi(x, part, out_dtype, precise, strict))
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     outs = [jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32) for weight in native]
     call = jax.ffi.ffi_call("fusedllm_linear", outs)

@@ -38,6 +38,9 @@ ISA_VARIABLE = "FUSEDLLM_CPU_ISA"
 # The path of another library than the installed one: `scripts/sanitize.py` builds one with checks.
 LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 
+# `Pool::kMostThreads`.
+MOST_THREADS = 256
+
 # Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
 INTERFACE = 5
 
@@ -116,7 +119,7 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Sets `threads` for the whole process, from the next kernel on."""
+    """Sets `threads` for the whole process, from the next kernel on; at most `MOST_THREADS`."""
     library().fusedllm_set_threads(count)
 
 
@@ -128,9 +131,9 @@ def packed_bytes(number: int, rows: int, width: int) -> int:
 
 def pack(number: int, rows: int, width: int, blocks: np.ndarray, packed: np.ndarray) -> None:
     """Packs GGUF's `blocks` into `packed`, both contiguous uint8, with all threads and without the interpreter lock."""
-    assert blocks.flags.c_contiguous
-    assert packed.flags.c_contiguous
-    assert packed.nbytes == packed_bytes(number, rows, width)
+    expected = packed_bytes(number, rows, width)
+    if expected < 0 or packed.nbytes != expected or not (blocks.flags.c_contiguous and packed.flags.c_contiguous):
+        raise ValueError(f"a matrix {rows} x {width} is packed from contiguous blocks into {expected} bytes.")
     failed = library().fusedllm_pack(number, rows, width, blocks.ctypes.data, packed.ctypes.data)
     assert not failed
 

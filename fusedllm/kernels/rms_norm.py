@@ -37,7 +37,9 @@ def _rms_norm_xla(x: jax.Array, weight: jax.Array, eps: float, delta: jax.Array 
 
 
 def _rms_norm_ffi(x: jax.Array, weight: jax.Array, eps: float, delta: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    if x.dtype != jnp.float32:
+    # Shapes that broadcast, and errors, are XLA's.
+    fits = weight.shape == x.shape[-1:] and (delta is None or delta.shape == x.shape)
+    if x.dtype != jnp.float32 or not fits:
         return _rms_norm_xla(x, weight, eps, delta)
     shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     wide, epsilon = weight.astype(jnp.float32), np.float32(eps)

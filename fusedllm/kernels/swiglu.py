@@ -25,7 +25,8 @@ def _swiglu_xla(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _swiglu_ffi(gate: jax.Array, up: jax.Array) -> jax.Array:
-    if gate.dtype != jnp.float32 or up.dtype != jnp.float32:
+    # Shapes that broadcast, and errors, are XLA's.
+    if gate.dtype != jnp.float32 or up.dtype != jnp.float32 or gate.shape != up.shape:
         return _swiglu_xla(gate, up)
     active: jax.Array = jax.ffi.ffi_call("fusedllm_swiglu", jax.ShapeDtypeStruct(gate.shape, jnp.float32))(gate, up)
     return active

@@ -23,6 +23,7 @@ from fusedllm.errors import CheckpointError
 from fusedllm.kernels.packed import SCHEMES, can_pack, pack_blocks, packed_shape
 from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
 from fusedllm.qarray import QuantArray
+from fusedllm.quant.blocks import BlockScheme
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 
 # What XLA's CPU client asks of host memory that it uses as a device buffer.
@@ -31,6 +32,8 @@ ALIGNMENT = 64
 THREADS = 2
 # The pages of a file that is packed are let go of each time that so many bytes have been read.
 RELEASE_BYTES = 256 * 2**20
+# Decoded at a time where a quantized matrix becomes float16.
+DECODED_WEIGHTS = 2**21
 
 # Tensors that some exporters write and that are not parameters: they are computed from the configuration.
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -176,7 +179,7 @@ class _Loader:
         if reads_blocks and self.pack:
             if _can_pack(tensor):
                 return self._packed(tensor)
-            return self._put(tensor.read(), np.dtype(np.float16), f"dequantized from {tensor.quantization}")
+            return self._narrowed(tensor)
         if reads_blocks:
             assert tensor.read_quantized is not None
             placed: QuantArray = jax.tree.map(lambda leaf: self._put(leaf, leaf.dtype), tensor.read_quantized())
@@ -199,6 +202,24 @@ class _Loader:
         values = self._put(packed, packed.dtype, f"packed from {name}")
         self._count_released(blocks.nbytes)
         return QuantArray(values, None, None, SCHEMES[name], tensor.shape)
+
+    def _narrowed(self, tensor: LazyTensor) -> jax.Array:
+        """float16, decoded some rows at a time: a whole matrix of float32 would be the most that loading ever holds."""
+        assert tensor.read_quantized is not None
+        blocks = tensor.read_quantized()
+        reason = f"dequantized from {tensor.quantization}"
+        if not isinstance(blocks.scheme, BlockScheme):
+            return self._put(tensor.read(), np.dtype(np.float16), reason)
+        rows, width = tensor.shape
+        narrow = aligned_empty((rows, width), np.dtype(np.float16))
+        step = max(1, DECODED_WEIGHTS // width)
+        for first in range(0, rows, step):
+            part = narrow[first : first + step]
+            with np.errstate(over="ignore"):
+                part[...] = blocks.scheme.decode_numpy(np.asarray(blocks.values[first : first + step]), part.shape)
+        array = self._put(narrow, narrow.dtype, reason)
+        self._count_released(blocks.values.nbytes)
+        return array
 
     def _count_released(self, nbytes: int) -> None:
         """Lets go of the file's pages now and then: what is packed is not read again."""

@@ -35,13 +35,12 @@ class Row {
 
   int32_t draw(float uniform) {
     largest_ = kernels_.largest_of(logits_, size_);
-    if (!(filters_.temperature > 0)) {
-      const float* first = std::find(logits_, logits_ + size_, largest_);
-      return first == logits_ + size_ ? 0 : static_cast<int32_t>(first - logits_);
-    }
+    if (!(filters_.temperature > 0)) return first_largest();
     static thread_local Scratch scratch;
     mass_ = scratch.of<float>(size_);
     whole_ = kernels_.exponentials_of(logits_, size_, largest_, 1 / filters_.temperature, mass_);
+    // Logits that are infinite or no number: there are no probabilities.
+    if (!(whole_ > 0 && whole_ <= std::numeric_limits<float>::max())) return first_largest();
     count_ = static_cast<int>(std::min(kCandidates, size_));
     find_likeliest(count_);
     const int stay = staying_candidates();
@@ -50,6 +49,11 @@ class Row {
   }
 
  private:
+  int32_t first_largest() const {
+    const float* first = std::find(logits_, logits_ + size_, largest_);
+    return first == logits_ + size_ ? 0 : static_cast<int32_t>(first - logits_);
+  }
+
   bool has_top_k() const { return filters_.top_k > 0 && filters_.top_k < size_; }
   float scaled(int32_t id) const { return (logits_[id] - largest_) / filters_.temperature; }
 

@@ -50,6 +50,17 @@ Cut cut(const Product& product, int64_t tokens, int64_t row_bytes, int64_t all_p
   return result;
 }
 
+// The nearest bfloat16, ties to even; a denormal number becomes zero, as the products of bfloat16 have it.
+float to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return x;
+  bits = magnitude < 0x00800000u ? 0 : (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 class Linear {
  public:
   Linear(const float* x, int64_t tokens, int64_t width, int64_t levels)
@@ -57,7 +68,7 @@ class Linear {
 
   void add(const Product& product) {
     products_[count_++] = product;
-    (is_packed(product.format) ? packed_ : (pairs(product) ? paired_ : plain_)) = true;
+    (is_packed(product.format) ? packed_ : (rounds(product) ? rounded_ : plain_)) = true;
   }
 
   void run() {
@@ -80,10 +91,11 @@ class Linear {
   }
 
  private:
-  // Whether a product is one of bfloat16 pairs.
-  bool pairs(const Product& product) const {
-    return product.format == Format::kBfloat16 && tokens_ > kFewTokens && kernels_.bfloat16_product != nullptr;
+  // Whether activations are rounded to bfloat16 for a product; and whether it is then one of pairs.
+  bool rounds(const Product& product) const {
+    return product.format == Format::kBfloat16 && levels_ == 1 && kernels_.bfloat16_product != nullptr;
   }
+  bool pairs(const Product& product) const { return rounds(product) && tokens_ > kFewTokens; }
 
   // Quantizes or interleaves the activations, as the products ask.
   void prepare() {
@@ -113,10 +125,15 @@ class Linear {
       interleaved_ = {scratch.of<float>(tokens_ * width_), tokens_, width_};
       over_tokens([&](int64_t first, int64_t last) { kernels_.interleave(x_, first, last, interleaved_); });
     }
-    if (paired_) {
+    if (rounded_ && tokens_ <= kFewTokens) {
       static thread_local Scratch scratch;
-      paired_activations_ = {scratch.of<float>(tokens_ * ((width_ + 1) / 2)), tokens_, width_};
-      over_tokens([&](int64_t first, int64_t last) { kernels_.interleave_pairs(x_, first, last, paired_activations_); });
+      float* values = scratch.of<float>(tokens_ * width_);
+      for (int64_t i = 0; i < tokens_ * width_; ++i) values[i] = to_bfloat16(x_[i]);
+      rounded_activations_ = {values, tokens_, width_};
+    } else if (rounded_) {
+      static thread_local Scratch scratch;
+      rounded_activations_ = {scratch.of<float>(tokens_ * ((width_ + 1) / 2)), tokens_, width_};
+      over_tokens([&](int64_t first, int64_t last) { kernels_.interleave_pairs(x_, first, last, rounded_activations_); });
     }
   }
 
@@ -130,15 +147,16 @@ class Linear {
       static thread_local Scratch scratch;
       float* panel = scratch.of<float>(width_ * kPanelRows);
       if (pairs(product)) {
-        kernels_.bfloat16_product(product, paired_activations_, first_panel, last_panel, first, last, panel);
+        kernels_.bfloat16_product(product, rounded_activations_, first_panel, last_panel, first, last, panel);
       } else {
         kernels_.float_product(product, interleaved_, first_panel, last_panel, first, last, panel);
       }
     } else {
+      const float* x = rounds(product) ? rounded_activations_.values : x_;
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t row = panel * kPanelRows;
         for (int64_t token = first; token < last; ++token) {
-          kernels_.float_vector_product(product, x_ + token * width_, row, std::min(row + kPanelRows, product.rows),
+          kernels_.float_vector_product(product, x + token * width_, row, std::min(row + kPanelRows, product.rows),
                                        product.out + token * product.rows);
         }
       }
@@ -152,11 +170,11 @@ class Linear {
   int count_ = 0;
   bool packed_ = false;
   bool plain_ = false;
-  bool paired_ = false;
+  bool rounded_ = false;
   std::array<Product, kMostProducts> products_;
   Activations quantized_{};
   FloatActivations interleaved_{};
-  FloatActivations paired_activations_{};
+  FloatActivations rounded_activations_{};
   const Kernels& kernels_ = fusedllm::kernels();
 };
 
@@ -202,6 +220,8 @@ ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRe
     const Format format = static_cast<Format>(number);
     const int64_t height = rows.begin()[i];
     if (height <= 0 || width <= 0) return refuse("linear: a matrix has rows and columns.");
+    constexpr int64_t kMost = int64_t{1} << 30;  // Far above any model's; products of two of them don't overflow.
+    if (height > kMost || width > kMost || tokens > kMost) return refuse("linear: sizes must be at most 2^30.");
     if (ffi::Error error = check_weight(static_cast<int>(i), format, *weight, height, width); error.failure()) return error;
     ffi::AnyBuffer out = **result;
     if (out.element_type() != ffi::F32 || static_cast<int64_t>(out.element_count()) != tokens * height) {

@@ -15,6 +15,11 @@ bool is_float(const ffi::AnyBuffer& buffer, int64_t elements) {
   return buffer.element_type() == ffi::F32 && static_cast<int64_t>(buffer.element_count()) == elements;
 }
 
+bool same_shape(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  const auto x = a.dimensions(), y = b.dimensions();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
+}
+
 // With a delta: x, delta, weight -> x + delta, its norm. Without: x, weight -> the norm.
 ffi::Error rms_norm(ffi::RemainingArgs operands, ffi::RemainingRets results, float epsilon) {
   const bool adds = operands.size() == 3;
@@ -27,6 +32,10 @@ ffi::Error rms_norm(ffi::RemainingArgs operands, ffi::RemainingRets results, flo
   if (!x || !weight || !delta || !total || !normed) return refuse("rms_norm: an operand can't be read.");
   const int64_t width = static_cast<int64_t>(weight->element_count());
   const int64_t elements = static_cast<int64_t>(x->element_count());
+  if (x->dimensions().size() == 0 || x->dimensions().back() != width || weight->dimensions().size() != 1 ||
+      (adds && !same_shape(*delta, *x))) {
+    return refuse("rms_norm: the weight must be [width] for x of [..., width], and the delta have x's shape.");
+  }
   if (width < 1 || elements % width != 0 || !is_float(*weight, width) || !is_float(*x, elements) ||
       !is_float(*delta, elements) || !is_float(**total, elements) || !is_float(**normed, elements)) {
     return refuse("rms_norm: x, delta and results must be float32 of one shape, [..., width], the weight [width].");
@@ -43,7 +52,7 @@ ffi::Error rms_norm(ffi::RemainingArgs operands, ffi::RemainingRets results, flo
 
 ffi::Error swiglu(ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::Result<ffi::AnyBuffer> out) {
   const int64_t elements = static_cast<int64_t>(gate.element_count());
-  if (!is_float(gate, elements) || !is_float(up, elements) || !is_float(*out, elements)) {
+  if (!same_shape(gate, up) || !is_float(gate, elements) || !is_float(up, elements) || !is_float(*out, elements)) {
     return refuse("swiglu: gate, up and the result must be float32 of one shape.");
   }
   const Kernels& kernels = fusedllm::kernels();

@@ -24,7 +24,7 @@ constexpr Block kBlocks[] = {
 
 bool is_packable(int32_t format, int64_t rows, int64_t width) {
   return format >= 0 && format < static_cast<int32_t>(Format::kBfloat16) && rows > 0 && width > 0 &&
-         width % kGroup == 0;
+         rows <= (int64_t{1} << 30) && width <= (int64_t{1} << 30) && width % kGroup == 0;
 }
 
 void pack_group(const Block& from, const uint8_t* block, int row, uint8_t* codes, uint8_t* scale, uint8_t* minimum) {

@@ -1,12 +1,16 @@
 #include "pool.h"
 
 #include <chrono>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
 #endif
 
 namespace fusedllm {
@@ -26,20 +30,58 @@ void relax() {
 #endif
 }
 
+// How this thread's float operations round and treat denormal numbers. XLA's threads flush them to zero: with the
+// caller's mode an item's result does not depend on who takes it.
+uint64_t float_mode() {
+#if defined(__x86_64__)
+  return _mm_getcsr();
+#elif defined(__aarch64__)
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+#else
+  return 0;
+#endif
+}
+
+void set_float_mode([[maybe_unused]] uint64_t mode) {
+#if defined(__x86_64__)
+  _mm_setcsr(static_cast<uint32_t>(mode) & ~0x3fu);  // Without the flags of what has happened so far.
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+}
+
+// Cores that this process may use.
+int cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
 constexpr uint32_t loop_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 constexpr int64_t left_in(uint64_t ticket) { return static_cast<int64_t>(ticket & 0xffffffffu); }
 
 }  // namespace
 
 Pool& Pool::instance() {
-  static Pool* pool = new Pool();
-  return *pool;
+  static std::atomic<Pool*> pool = [] {
+#if defined(__linux__)
+    // A forked process has none of the threads: it begins with a pool of its own.
+    pthread_atfork(nullptr, nullptr, [] {
+      const int threads = pool.load()->threads();
+      pool = new Pool();
+      pool.load()->set_threads(threads);
+    });
+#endif
+    return new Pool();
+  }();
+  return *pool.load(std::memory_order_acquire);
 }
 
-Pool::Pool() {
-  const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  threads_ = cores < 1 ? 1 : (cores > kMostThreads ? kMostThreads : cores);
-}
+Pool::Pool() { set_threads(cores()); }
 
 void Pool::set_threads(int count) {
   threads_ = count < 1 ? 1 : (count > kMostThreads ? kMostThreads : count);
@@ -58,6 +100,7 @@ void Pool::run_erased(int64_t items, Function function, const void* context) {
   items_.store(items, std::memory_order_relaxed);
   allowed_.store(threads - 1, std::memory_order_relaxed);
   failed_.store(false, std::memory_order_relaxed);
+  float_mode_.store(float_mode(), std::memory_order_relaxed);
   finished_.store(0, std::memory_order_relaxed);
   const uint32_t loop = loop_of(ticket_.load(std::memory_order_relaxed)) + 1;
   ticket_.store(static_cast<uint64_t>(loop) << 32 | static_cast<uint64_t>(items));
@@ -110,7 +153,9 @@ void Pool::work(int index) {
     const Function function = function_.load(std::memory_order_relaxed);
     const void* context = context_.load(std::memory_order_relaxed);
     const int64_t items = items_.load(std::memory_order_relaxed);
+    const uint64_t mode = float_mode_.load(std::memory_order_relaxed);
     if (index >= allowed_.load(std::memory_order_relaxed)) continue;
+    set_float_mode(mode);
     int64_t item;
     while (take(loop, items, &item)) call(function, context, item);
   }
@@ -134,12 +179,14 @@ void Pool::wait_for_more(uint32_t seen, int index) {
 }
 
 void Pool::start_workers() {
+  if (refused_) return;
   try {
     for (const int wanted = threads() - 1; started_ < wanted; ++started_) {
       std::thread([this, index = started_] { work(index); }).detach();
     }
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // The system allows no more threads: those that there are share the work.
+    refused_ = true;
   }
 }
 

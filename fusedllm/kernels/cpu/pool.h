@@ -14,7 +14,8 @@ namespace fusedllm {
 
 class Pool {
  public:
-  // The one pool of the process; never destroyed, as its threads may outlive static objects.
+  // The one pool of the process, as large as the cores that it may use; never destroyed, as its threads may outlive
+  // static objects.
   static Pool& instance();
 
   // Threads that share a loop, the caller included.
@@ -47,6 +48,7 @@ class Pool {
   std::atomic<int> threads_;
   std::atomic<bool> in_use_{false};  // a thread's loop runs
   int started_ = 0;                  // workers that exist; for that thread alone
+  bool refused_ = false;             // the system has allowed no more; for that thread alone too
   std::atomic<bool> failed_{false};  // an item of the loop has thrown
   // High half: number of the loop; low half: how many of its items nobody has taken. One word, so that a worker that
   // is late for a loop can tell that it is: taking an item fails unless the loop is the one whose fields were read.
@@ -55,6 +57,7 @@ class Pool {
   alignas(64) std::atomic<int64_t> items_{0};
   std::atomic<Function> function_{nullptr};
   std::atomic<const void*> context_{nullptr};
+  std::atomic<uint64_t> float_mode_{0};
   std::atomic<int> allowed_{0};  // workers with an index below this take part
   alignas(64) std::atomic<int> sleeping_{0};
   std::mutex sleep_;

@@ -188,15 +188,17 @@ inline VisitTile visit_for(int64_t rows) {
   return visit_tile<kRows>;
 }
 
-// Keys as columns and values as rows, floats both, of `count` positions from `block` on. Columns past the count repeat
-// the last key; their scores are masked.
+// Keys as columns and values as rows, floats both, of `count` positions from `block` on. Columns before the `seen`th, on
+// whose pages nothing is known, repeat that one, and columns past the count the last; their scores are masked.
 template <CacheType kType>
-void load_block(const Attention& a, const CachedRows& cached, int64_t block, int count, const PrefillScratch& scratch) {
+void load_block(const Attention& a, const CachedRows& cached, int64_t block, int seen, int count,
+                const PrefillScratch& scratch) {
   using Type = typename Element<kType>::Type;
   const int64_t width = a.head_dim;
   int64_t numbers[kBlockKeys];
   const int padded = (count + 15) / 16 * 16;
-  cached.list(block, count, padded, 1, numbers);
+  cached.list(block + seen, count - seen, padded - seen, 1, numbers + seen);
+  for (int key = 0; key < seen; ++key) numbers[key] = numbers[seen];
   const Type* keys = static_cast<const Type*>(a.k_pages);
   const Type* values = static_cast<const Type*>(a.v_pages);
   for (int key = 0; key < padded; key += 16) {
@@ -292,9 +294,10 @@ void prefill_attention_as(const Attention& a, const QueryBlock& item, float* mem
   const int64_t position = a.start[item.row] + item.first;
   const int64_t end = a.end_visible(a.start[item.row] + item.last - 1);
   const CachedRows cached(a, item.row, item.kv_head);
-  for (int64_t block = a.first_visible(position) / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+  const int64_t visible = a.first_visible(position);
+  for (int64_t block = visible / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
     const int count = static_cast<int>(end - block < kBlockKeys ? end - block : kBlockKeys);
-    load_block<kType>(a, cached, block, count, scratch);
+    load_block<kType>(a, cached, block, visible > block ? static_cast<int>(visible - block) : 0, count, scratch);
     for (int64_t tile = 0; tile < scratch.tiles; ++tile) {
       const int64_t rows = scratch.rows - tile * kTileRows;
       visit_for<kTileRows>(rows)(Tile{&a, &scratch, tile, position, block}, kType == CacheType::kInt8);

@@ -27,7 +27,8 @@ inline Group quantize_group(const float* x, int8_t* codes, int8_t* second) {
   if (!finite || magnitude < kSmallest) {
     __builtin_memset(codes, 0, kGroup);
     if (second != nullptr) __builtin_memset(second, 0, kGroup);
-    return {0.0f, 0, finite};
+    // A scale of one, as a kernel may add its exponent to that of a weight's: zero has none.
+    return {1.0f, 0, finite};
   }
   if (second == nullptr) {
     const Floats inverse = broadcast(127.0f / magnitude);
