@@ -91,12 +91,12 @@ MAX_CONTEXT = 2048 + 128
 class Ours:
     """fusedllm as `fusedllm.load` makes it, with an engine for contexts and batches of this size."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, bits: int | None) -> None:
         import fusedllm
 
         self._sampling = fusedllm.SamplingParams
         engine = fusedllm.EngineConfig(max_context=MAX_CONTEXT, batch_buckets=(1, 4, 8, 16))
-        self.llm = fusedllm.load(path, engine=engine, threads=threads)
+        self.llm = fusedllm.load(path, engine=engine, threads=threads, activation_bits=bits)
 
     def prefill(self, tokens: int) -> float:
         """Tokens a second of a prompt, its first token's choice included."""
@@ -130,7 +130,8 @@ class Ours:
         """The model's sizes, and bytes of the KV cache for one position."""
         runner = self.llm.engine.runner
         positions = runner.engine.num_pages * runner.engine.page_size
-        return {**sizes(self.llm.config), "kv_bytes": runner.cache_bytes / positions}
+        bits = {"activation_bits": self.llm.activation_bits}
+        return {**sizes(self.llm.config), **bits, "kv_bytes": runner.cache_bytes / positions}
 
     def start_prompt(self, text: str) -> list[int]:
         """Token ids that `fusedllm generate` makes of a prompt."""
@@ -176,7 +177,8 @@ def export(path: str, directory: str) -> None:
 
 def command(side: str, arguments: argparse.Namespace, *values: str) -> list[str]:
     """What starts a worker; `values` are the first arguments of its class."""
-    return [sys.executable, __file__, "--threads", str(arguments.threads), "--worker", side, *values]
+    bits = ["--activation-bits", str(arguments.activation_bits)] if arguments.activation_bits else []
+    return [sys.executable, __file__, "--threads", str(arguments.threads), *bits, "--worker", side, *values]
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -185,7 +187,7 @@ def work(arguments: argparse.Namespace) -> None:
     if side == "export":
         return export(values[0], values[1])
     if side == "ours":
-        return serve(lambda: Ours(values[0], threads))
+        return serve(lambda: Ours(values[0], threads, arguments.activation_bits))
     if side == "transformers":
         return serve(lambda: cpu_peers.Transformers(values[0], threads, values[1]))
     flash = {"on": True, "off": False}.get(values[2])
@@ -268,7 +270,13 @@ def measure(
             entry["achieved"][side] = Spread.of(list(each * kept[side]))
         entries.append(entry)
     limits = {"read_bandwidth": Spread.of(reads[1:]), "float32_product": Spread.of(products[1:])}
-    return {**limits, "rows": entries, "memory": resident, "kv_bytes": kv_bytes}
+    return {
+        **limits,
+        "rows": entries,
+        "memory": resident,
+        "kv_bytes": kv_bytes,
+        "activation_bits": model["activation_bits"],
+    }
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -334,6 +342,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--starts", type=int, default=3, help="processes started for the time to the first token")
     parser.add_argument("--threads", type=int, default=2, help="cores for each side (default: %(default)s)")
+    parser.add_argument("--activation-bits", type=int, choices=[8, 16], help="of fusedllm (default: its own choice)")
     parser.add_argument("--llama", action="append", metavar="LIBRARY", help="libllama.so to try; repeatable")
     parser.add_argument("--flash", choices=["fastest", "on", "off"], default="fastest", help="llama.cpp's attention")
     parser.add_argument("--torch-dtype", choices=["fastest", "bfloat16", "float32"], default="fastest")

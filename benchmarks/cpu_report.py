@@ -23,7 +23,8 @@ def report(result: dict[str, Any], threads: int, repetitions: int) -> str:
             f" Decode is limited by\nmemory: a step must read {result['weight_bytes'] / 1e6:,.0f} MB of weights and"
             " the KV cache, and its share is that of a plain read by as many\nthreads in the same repetition,"
             f" {_spread(read)} GB/s. Prefill is limited by arithmetic in 8 bits, for which there is no\nmeasure here;"
-            f" a float32 product of XLA runs at {_spread(product)} GFLOP/s.\nPeers: {', '.join(peers)}.",
+            f" a float32 product of XLA runs at {_spread(product)} GFLOP/s.\nPeers: {', '.join(peers)}."
+            f" fusedllm rounds activations to {result['activation_bits']} bits, llama.cpp to 8.",
             _starts_and_memory(result),
         ]
     )
