@@ -16,39 +16,40 @@ constexpr int kMostProducts = 8;
 constexpr int64_t kFewTokens = 8;
 // Loops are cut into this many parts for each thread, so that a thread that is interrupted holds up nobody.
 constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kManyPartsPerThread = 16;
+// And tokens, where there are many, into parts of no less than this.
+constexpr int64_t kFewestTokens = 48;
 // Of a part's weights with many tokens: they stay in a core's second-level cache while all tokens pass.
 constexpr int64_t kCachedBytes = 256 * 1024;
 // Tokens are quantized by the caller alone up to this many elements, which takes less than waking the others.
 constexpr int64_t kFewElements = 16384;
 
-// How the work of one product is cut: `chunks` of panels times `token_parts` of tokens.
+// How the panels of all products, one after the other, and the tokens are cut: into `chunks` of as many panels as can be,
+// which may end in one product and begin in another, times `token_parts` of tokens.
 struct Cut {
   int64_t panels;
-  int64_t panels_a_chunk;
   int64_t chunks;
   int64_t tokens_a_part;
   int64_t token_parts;
-  int64_t items() const { return chunks * token_parts; }
+
+  int64_t first_panel(int64_t chunk) const { return panels * chunk / chunks; }
 };
 
-Cut cut(const Product& product, int64_t tokens, int64_t row_bytes, int64_t all_panels) {
-  const int64_t wanted = kPartsPerThread * Pool::instance().threads();
-  Cut result;
-  result.panels = (product.rows + kPanelRows - 1) / kPanelRows;
-  result.panels_a_chunk = std::max<int64_t>(1, all_panels / wanted);
-  result.tokens_a_part = tokens;
+Cut cut(int64_t panels, int64_t panel_bytes, int64_t tokens) {
+  const int64_t threads = Pool::instance().threads();
+  Cut result{panels, std::min(panels, kPartsPerThread * threads), tokens, 1};
   if (tokens > kFewTokens) {
-    const int64_t cached = std::max<int64_t>(1, kCachedBytes / (row_bytes * kPanelRows));
-    result.panels_a_chunk = std::min(result.panels_a_chunk, cached);
-    const int64_t chunks = (all_panels + result.panels_a_chunk - 1) / result.panels_a_chunk;
+    const int64_t cached = std::max<int64_t>(1, kCachedBytes / panel_bytes);
+    result.chunks = std::max(result.chunks, (panels + cached - 1) / cached);
     // Whole blocks of tokens: sixteen is a multiple of every variant's largest.
-    const int64_t parts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, chunks));
-    result.tokens_a_part = std::max<int64_t>(16, ((tokens + parts - 1) / parts + 15) / 16 * 16);
+    const int64_t parts = (kManyPartsPerThread * threads + result.chunks - 1) / result.chunks;
+    result.tokens_a_part = std::max<int64_t>(kFewestTokens, ((tokens + parts - 1) / parts + 15) / 16 * 16);
+    result.token_parts = (tokens + result.tokens_a_part - 1) / result.tokens_a_part;
   }
-  result.chunks = (result.panels + result.panels_a_chunk - 1) / result.panels_a_chunk;
-  result.token_parts = (tokens + result.tokens_a_part - 1) / result.tokens_a_part;
   return result;
 }
+
+int64_t panels_of(const Product& product) { return (product.rows + kPanelRows - 1) / kPanelRows; }
 
 // The nearest bfloat16, ties to even; a denormal number becomes zero, as the products of bfloat16 have it.
 float to_bfloat16(float x) {
@@ -73,20 +74,24 @@ class Linear {
 
   void run() {
     prepare();
-    int64_t all_panels = 0;
-    for (int i = 0; i < count_; ++i) all_panels += (products_[i].rows + kPanelRows - 1) / kPanelRows;
-    std::array<Cut, kMostProducts> cuts;
-    int64_t items = 0;
+    int64_t panels = 0, bytes = 0;
     for (int i = 0; i < count_; ++i) {
-      const Product& product = products_[i];
-      const int64_t row_bytes = is_packed(product.format) ? panel_bytes(product.format, width_) / kPanelRows : width_ * 4;
-      cuts[i] = cut(product, tokens_, row_bytes, all_panels);
-      items += cuts[i].items();
+      const Format format = products_[i].format;
+      panels += panels_of(products_[i]);
+      bytes = std::max(bytes, is_packed(format) ? panel_bytes(format, width_) : width_ * 4 * kPanelRows);
     }
-    Pool::instance().run(items, [&](int64_t item) {
-      int i = 0;
-      while (item >= cuts[i].items()) item -= cuts[i++].items();
-      multiply(products_[i], cuts[i], item % cuts[i].chunks, item / cuts[i].chunks);
+    const Cut cut = fusedllm::cut(panels, bytes, tokens_);
+    Pool::instance().run(cut.chunks * cut.token_parts, [&](int64_t item) {
+      const int64_t chunk = item % cut.chunks, part = item / cut.chunks;
+      const int64_t first_token = part * cut.tokens_a_part;
+      const int64_t last_token = std::min(tokens_, first_token + cut.tokens_a_part);
+      int64_t first = cut.first_panel(chunk), last = cut.first_panel(chunk + 1);
+      for (int i = 0; i < count_ && last > 0; ++i) {
+        const int64_t here = panels_of(products_[i]);
+        if (first < here) multiply(products_[i], first, std::min(last, here), first_token, last_token);
+        first = std::max<int64_t>(0, first - here);
+        last -= here;
+      }
     });
   }
 
@@ -137,10 +142,7 @@ class Linear {
     }
   }
 
-  void multiply(const Product& product, const Cut& cut, int64_t chunk, int64_t token_part) const {
-    const int64_t first = token_part * cut.tokens_a_part, last = std::min(tokens_, first + cut.tokens_a_part);
-    const int64_t first_panel = chunk * cut.panels_a_chunk;
-    const int64_t last_panel = std::min(cut.panels, first_panel + cut.panels_a_chunk);
+  void multiply(const Product& product, int64_t first_panel, int64_t last_panel, int64_t first, int64_t last) const {
     if (is_packed(product.format)) {
       kernels_.packed_product(product, quantized_, first_panel, last_panel, first, last);
     } else if (tokens_ > kFewTokens) {
