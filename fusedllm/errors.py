@@ -43,3 +43,7 @@ class ImplementationError(FusedLLMError):
 
 class CompileForbiddenError(FusedLLMError):
     """Something compiled inside `forbid_compile()`; the message names the program and its shape."""
+
+
+class QuantizationError(FusedLLMError):
+    """Weights can't be quantized, or a quantized table can't be read; the message names the layer."""

@@ -1,0 +1,86 @@
+"""`quantize`: a float matrix into grouped codes, each rounded to the nearest."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from fusedllm.kernels.choose import choose
+from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme, pack
+from fusedllm.qarray import QuantArray
+
+# The least positive float16: no scale of a group that is not all zeros is smaller.
+SMALLEST_SCALE = 2.0**-24
+
+
+def quantize(
+    weights: Float[Array, "out in"],
+    scheme: GroupedScheme,
+    *,
+    scale_dtype: DTypeLike = jnp.float16,
+    implementation: str | None = None,
+) -> QuantArray:
+    """`weights` in `scheme`, by its groups' extremes; a code is off by half a step at most.
+
+    A symmetric scale spreads the group's largest magnitude over half of the codes: 127 of 8 bits, 7.5 of 4, 3.5 of 3. An
+    asymmetric scale spreads the distance of the group's extremes (zero among them) over all of them, and the zero point
+    is a code. Scales are rounded up to `scale_dtype`, float16 or float32, so that no weight falls off the grid. What is
+    infinite or no number has no code: the caller looks.
+
+    Raises:
+      ImplementationError: `implementation` names one that does not exist or can't run here.
+    """
+    scale_dtype = np.dtype(scale_dtype)
+    return choose("quantize", {"xla": _quantize_xla}, implementation)(weights, scheme, scale_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize_xla(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype) -> QuantArray:
+    rows, width = weights.shape
+    padding = scheme.padded(width) - width
+    groups = jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, padding))).reshape(rows, scheme.groups(width), -1)
+    if scheme.symmetric:
+        reach = jnp.abs(groups).max(-1, keepdims=True)
+        scale = round_up(reach * np.float32(1 / largest_code(scheme)), scale_dtype)
+    else:
+        low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+        scale = round_up((high - low) * np.float32(1 / scheme.highest), scale_dtype)
+    inverse = jnp.where(scale > 0, 1 / scale.astype(jnp.float32), 0)
+    steps = groups * inverse
+    zero = jnp.full_like(inverse, scheme.center)
+    if not scheme.symmetric:
+        zero = jnp.clip(jnp.round(-low * inverse), scheme.lowest, scheme.highest)
+    if scheme.codes == "float8":
+        # Within half of the last bit's step of it, and the cast makes what is above no number.
+        codes = jnp.clip(steps, -LARGEST_FLOAT8, LARGEST_FLOAT8).astype(jnp.float8_e4m3fn).reshape(rows, -1)
+        values = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    else:
+        codes = jnp.clip(jnp.round(steps) + zero, scheme.lowest, scheme.highest)
+        values = pack(jnp, codes.astype(jnp.int32).reshape(rows, -1), scheme.bits)
+    zeros = None if scheme.symmetric else zero[..., 0].astype(scale_dtype)
+    return QuantArray(values, scale[..., 0], zeros, scheme, (rows, width))
+
+
+def largest_code(scheme: GroupedScheme) -> float:
+    """What the largest magnitude of a symmetric group becomes, in steps."""
+    if scheme.codes == "float8":
+        return LARGEST_FLOAT8
+    # Of an even number of codes the last half step on both sides is used too.
+    return 127.0 if scheme.signed else scheme.center - 0.5
+
+
+def round_up(positive: jax.Array, dtype: np.dtype) -> jax.Array:
+    """The least number of `dtype`, float16 or float32, that is not below `positive`; at least 2 ** -24 unless zero."""
+    positive = jnp.where(positive > 0, jnp.maximum(positive, SMALLEST_SCALE), 0)
+    if dtype == np.float32:
+        return positive
+    nearest = positive.astype(jnp.float16)
+    bits = jax.lax.bitcast_convert_type(nearest, jnp.uint16)
+    above = jax.lax.bitcast_convert_type(bits + np.uint16(1), jnp.float16)
+    return jnp.where(nearest.astype(jnp.float32) < positive, above, nearest)
