@@ -2,8 +2,8 @@
 
 This is what `fusedllm.quantize` writes (`docs/arrow-format.md`) and what every kernel for it reads. A row of `in`
 weights is padded to whole groups; code `i` of a row is in the bits `[i * bits, (i + 1) * bits)` of its bytes, the least
-significant bit of a byte first. A weight is `scale * (code - zero_point)`. Codes of eight bits are signed, narrower ones
-are not; a symmetric scheme stores no zero points, they are 0 for signed codes and `2 ** (bits - 1)` for others.
+significant bit of a byte first. A weight is `scale * (code - zero_point)`. Codes of eight bits are signed, narrower
+ones are not; a symmetric scheme stores no zero points: they are 0 for signed codes and `2 ** (bits - 1)` for others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LARGEST_FLOAT8 = 448.0
 class GroupedScheme:
     """One way to quantize a matrix; a `fusedllm.qarray.Scheme`.
 
-    `values` of its arrays are uint8 `[out, bytes per row]`; `scales` and `zeros` are float16 or float32 `[out, groups]`.
+    `values` of its arrays are uint8 `[out, bytes per row]`, `scales` and `zeros` float16 or float32 `[out, groups]`.
 
     Attributes:
       name: what the user calls it, such as `int4-g64`.

@@ -27,10 +27,10 @@ def quantize(
 ) -> QuantArray:
     """`weights` in `scheme`, by its groups' extremes; a code is off by half a step at most.
 
-    A symmetric scale spreads the group's largest magnitude over half of the codes: 127 of 8 bits, 7.5 of 4, 3.5 of 3. An
-    asymmetric scale spreads the distance of the group's extremes (zero among them) over all of them, and the zero point
-    is a code. Scales are rounded up to `scale_dtype`, float16 or float32, so that no weight falls off the grid. What is
-    infinite or no number has no code: the caller looks.
+    A symmetric scale spreads the group's largest magnitude over half of the codes: 127 of 8 bits, 7.5 of 4, 3.5 of 3.
+    An asymmetric scale spreads the distance of the group's extremes (zero among them) over all of them, and the zero
+    point is a code. Scales are rounded up to `scale_dtype`, float16 or float32, so that no weight falls off the grid.
+    What is infinite or no number has no code: the caller looks.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist or can't run here.
