@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose
+from fusedllm.kernels.grouped import grouped_scheme
 from fusedllm.qarray import QuantArray
 
 
@@ -19,9 +21,23 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
     Raises:
       ImplementationError: `implementation` names one that does not exist or can't run here.
     """
-    return choose("dequantize", {"xla": _dequantize_xla}, implementation)(array, np.dtype(dtype))
+    return choose("dequantize", {"xla": _dequantize_xla, "ffi": _dequantize_ffi}, implementation)(
+        array, np.dtype(dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize_xla(array: QuantArray, dtype: np.dtype) -> jax.Array:
     return array.dequantize(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize_ffi(array: QuantArray, dtype: np.dtype) -> jax.Array:
+    scheme = grouped_scheme(array)
+    fits = scheme is not None and native_grouping.can_encode(scheme) and len(array.shape) == 2
+    if scheme is None or not fits or dtype not in native_grouping.NUMBERS:
+        return _dequantize_xla(array, dtype)
+    buffers = [buffer for buffer in (array.values, array.scales, array.zeros) if buffer is not None]
+    call = jax.ffi.ffi_call("fusedllm_dequantize", jax.ShapeDtypeStruct(array.shape, dtype))
+    decoded: jax.Array = call(*buffers, group=np.int64(scheme.group_size), bits=np.int32(scheme.bits))
+    return decoded

@@ -29,6 +29,8 @@ HANDLERS = (
     "fusedllm_draw",
     "fusedllm_rms_norm",
     "fusedllm_swiglu",
+    "fusedllm_quantize",
+    "fusedllm_dequantize",
 )
 
 # Best first.
@@ -42,7 +44,7 @@ LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 MOST_THREADS = 256
 
 # Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
-INTERFACE = 5
+INTERFACE = 6
 
 
 class MissingKernelsWarning(UserWarning):

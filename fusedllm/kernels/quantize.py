@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme, pack
 from fusedllm.qarray import QuantArray
@@ -35,8 +36,9 @@ def quantize(
     Raises:
       ImplementationError: `implementation` names one that does not exist or can't run here.
     """
-    scale_dtype = np.dtype(scale_dtype)
-    return choose("quantize", {"xla": _quantize_xla}, implementation)(weights, scheme, scale_dtype)
+    return choose("quantize", {"xla": _quantize_xla, "ffi": _quantize_ffi}, implementation)(
+        weights, scheme, np.dtype(scale_dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -65,6 +67,18 @@ def _quantize_xla(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dty
         values = pack(jnp, codes.astype(jnp.int32).reshape(rows, -1), scheme.bits)
     zeros = None if scheme.symmetric else zero[..., 0].astype(scale_dtype)
     return QuantArray(values, scale[..., 0], zeros, scheme, (rows, width))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize_ffi(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype) -> QuantArray:
+    if not native_grouping.can_encode(scheme) or weights.dtype not in native_grouping.NUMBERS:
+        return _quantize_xla(weights, scheme, scale_dtype)
+    rows, width = weights.shape
+    numbers = jax.ShapeDtypeStruct((rows, scheme.groups(width)), scale_dtype)
+    results = [jax.ShapeDtypeStruct((rows, scheme.row_bytes(width)), np.uint8), numbers]
+    call = jax.ffi.ffi_call("fusedllm_quantize", results if scheme.symmetric else [*results, numbers])
+    values, scales, *zeros = call(weights, group=np.int64(scheme.group_size), bits=np.int32(scheme.bits))
+    return QuantArray(values, scales, zeros[0] if zeros else None, scheme, (rows, width))
 
 
 def largest_code(scheme: GroupedScheme) -> float:

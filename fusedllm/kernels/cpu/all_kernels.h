@@ -9,10 +9,12 @@
 #include "lone_attention_kernel.h"
 #include "draw_kernel.h"
 #include "rows_kernel.h"
+#include "grouping_kernel.h"
 
 constexpr Kernels kTable = {
     kName, token_block, quantize, interleave, packed_product, float_product, interleave_pairs, bfloat16_product,
     float_vector_product,
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
-    merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu,
+    merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu, encode_span,
+    decode_span,
 };

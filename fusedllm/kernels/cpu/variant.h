@@ -63,6 +63,22 @@ struct Product {
   float* out;
 };
 
+// A matrix and its grouped codes (`kernels/grouped.py`): `weights` are [rows][width] of float32 (`number` 0), float16 (1)
+// or bfloat16 (2); scales and zero points, or null, [rows][groups] of float32 if `wide`, else of float16.
+struct Grouping {
+  void* weights;
+  uint8_t* codes;
+  void* scales;
+  void* zeros;
+  int64_t width;
+  int64_t group;   // weights in a group; the last one of a row may be shorter
+  int64_t groups;  // of a row
+  int64_t row_bytes;
+  int32_t number;
+  int32_t bits;
+  bool wide;
+};
+
 struct Kernels {
   const char* name;
   // How many of `remaining` tokens the next block holds.
@@ -111,6 +127,11 @@ struct Kernels {
                     int64_t first, int64_t last, float* total, float* normed);
   // Elements [first, last) of silu(gate) * up.
   void (*swiglu)(const float* gate, const float* up, int64_t first, int64_t last, float* out);
+  // Quantizes groups [begin, end) of a row; `sums` become its squared errors and squared weights. 1 where a weight is
+  // infinite or no number, 2 where a scale is too large for float16, else 0. `grouping.cc` knows the size of `scratch`.
+  int64_t (*encode_span)(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch, float* sums);
+  // The other way.
+  void (*decode_span)(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch);
 };
 
 const Kernels* portable_kernels();
