@@ -1,7 +1,7 @@
 """fusedllm: a LLaMA that runs as one compiled XLA program.
 
-`load` makes an `LLM`; `SamplingParams` says how it answers. Everything is imported when it is first used, so that
-`import fusedllm` is instant and chooses no backend.
+`load` makes an `LLM`; `SamplingParams` says how it answers; `quantize` makes the weights in an Arrow table small.
+Everything is imported when it is first used, so that `import fusedllm` is instant and chooses no backend.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fusedllm.engine.results import Completion, Usage
     from fusedllm.errors import FusedLLMError
     from fusedllm.llm import LLM, load
+    from fusedllm.quant.faces import quantize_array, quantize_arrays, quantize_report
+    from fusedllm.quant.report import QuantizeReport
+    from fusedllm.quantizing import dequantize, quantize
 
 __version__ = "0.1.0"
 
@@ -26,9 +29,15 @@ _HOMES = {
     "LLM": "fusedllm.llm",
     "ModelConfig": "fusedllm.config",
     "SamplingParams": "fusedllm.config",
+    "QuantizeReport": "fusedllm.quant.report",
     "Usage": "fusedllm.engine.results",
+    "dequantize": "fusedllm.quantizing",
     "forbid_compile": "fusedllm.engine.compile_guard",
     "load": "fusedllm.llm",
+    "quantize": "fusedllm.quantizing",
+    "quantize_array": "fusedllm.quant.faces",
+    "quantize_arrays": "fusedllm.quant.faces",
+    "quantize_report": "fusedllm.quant.faces",
 }
 
 __all__ = [
@@ -37,10 +46,16 @@ __all__ = [
     "EngineConfig",
     "FusedLLMError",
     "ModelConfig",
+    "QuantizeReport",
     "SamplingParams",
     "Usage",
+    "dequantize",
     "forbid_compile",
     "load",
+    "quantize",
+    "quantize_array",
+    "quantize_arrays",
+    "quantize_report",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 
 from fusedllm.backend import (
     cache_dtype,
@@ -33,7 +34,8 @@ from fusedllm.partition.plain import Plain
 from fusedllm.text.chat import ChatTemplate
 from fusedllm.text.stream import TextStream
 from fusedllm.text.tokenizer import Tokenizer
-from fusedllm.weights import registry
+from fusedllm.weights import quantized, registry
+from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.load import LoadReport, load_params
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.random import random_params
@@ -43,7 +45,7 @@ Message = Mapping[str, Any]
 
 
 def load(
-    ckpt: str | Path = "smollm2-135m",
+    ckpt: str | Path | pa.Table | Checkpoint = "smollm2-135m",
     *,
     dtype: str = "auto",
     kv_dtype: str = "auto",
@@ -61,7 +63,8 @@ def load(
     """Loads a model.
 
     Args:
-      ckpt: a name of `fusedllm models`, `hf:OWNER/NAME`, or a path to a file or directory of a known format.
+      ckpt: a name of `fusedllm models`, `hf:OWNER/NAME`, a path to a file or directory of a known format, a table that
+        `fusedllm.quantize` made, or a `Checkpoint`.
       dtype: of weights and activations: `float32`, `bfloat16`, `float16`, or `auto`. That is bfloat16 on accelerators;
         on the CPU float32 activations, and the weights as they are in the file where the native kernels run.
       kv_dtype: of the KV cache: `float32`, `bfloat16`, `float16`, `int8`, or `auto`: bfloat16 where `dtype` is `auto`,
@@ -95,11 +98,12 @@ def load(
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None
     if random_weights:
+        if not isinstance(ckpt, (str, Path)):
+            raise RequestError("random weights are of a named architecture, not of a table or checkpoint.")
         config = registry.architecture(ckpt)
         params = random_params(config, np.dtype(jnp.bfloat16 if as_filed else compute), seed)
     else:
-        path = registry.resolve(ckpt, progress=progress)
-        checkpoint = open_checkpoint(path)
+        checkpoint = _open(ckpt, progress)
         config = checkpoint.config
         tokenizer = None if checkpoint.tokenizer is None else Tokenizer(checkpoint.tokenizer)
         with ThreadPoolExecutor(1, thread_name_prefix="fusedllm-tokenizer") as pool:
@@ -356,6 +360,14 @@ class Stream:
             piece = self.push(chunk)
             if piece or self._text is None:
                 yield piece
+
+
+def _open(ckpt: str | Path | pa.Table | Checkpoint, progress: bool) -> Checkpoint:
+    if isinstance(ckpt, Checkpoint):
+        return ckpt
+    if isinstance(ckpt, pa.Table):
+        return quantized.of_table(ckpt)
+    return open_checkpoint(registry.resolve(ckpt, progress=progress))
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -24,7 +24,9 @@ import pyarrow as pa
 
 from fusedllm.config import ModelConfig
 from fusedllm.errors import CheckpointError, FusedLLMError
+from fusedllm.quant.table import is_quantized
 from fusedllm.text.data import TokenizerData
+from fusedllm.weights import quantized
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 
 FORMAT_VERSION = 1
@@ -117,6 +119,8 @@ def _read(path: Path) -> Checkpoint:
     source.seek(0)
     memory = source.read_buffer(size)
     reader = pa.ipc.open_file(memory)
+    if is_quantized(reader.schema):
+        return quantized.of_batches(reader, path)
     metadata: Mapping[bytes, bytes] = reader.schema.metadata or {}
     _check_version(path, metadata)
     columns = _columns(path, reader.schema)

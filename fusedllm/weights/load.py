@@ -148,6 +148,13 @@ def check_tensors(checkpoint: Checkpoint, wanted: Mapping[str, ParamSpec]) -> No
             raise CheckpointError(f"{where} has the tensor {name!r}, which its configuration has no place for.")
 
 
+def wanted_tensors(checkpoint: Checkpoint) -> list[str]:
+    """The names of the tensors that the configuration asks for, in its order; checked as `check_tensors` does."""
+    wanted = specs(checkpoint.config)
+    check_tensors(checkpoint, wanted)
+    return list(wanted)
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialized array that begins on a 64-byte boundary, which `jax.device_put` on the CPU need not copy."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
