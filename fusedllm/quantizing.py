@@ -49,7 +49,7 @@ def quantize(
     Args:
       source: a table of weights: one row a layer with `layer_name`, `weights` (lists of float32, float16, float64 or,
         so named by the metadata, bfloat16; tensors of fixed shape; or bytes beside a column `dtype`) and, where it
-        can't be derived, `shape`. A `pyarrow` table or batch, or whatever speaks the Arrow PyCapsule stream protocol (polars,
+        can't be derived, `shape`. A `pyarrow` table or batch, or whatever speaks the Arrow PyCapsule protocol (polars,
         DuckDB, pandas). A `RecordBatchReader` is read batch by batch as the result is. A mapping from names to arrays.
         A path: of an Arrow or Parquet file with such a table, or of a checkpoint, or a model's name.
       scheme: of all matrices that no rule names; docs/quantization.md lists them.

@@ -38,7 +38,7 @@ def of_table(table: pa.Table) -> Checkpoint:
     """
     if not is_quantized(table.schema):
         raise CheckpointError(
-            "this table is not quantized and can't be run; fusedllm.quantize makes one that can, of weights and a model."
+            "this table is not quantized and can't be run; fusedllm.quantize makes one that can (with `model=`)."
         )
     return _checkpoint(table.schema.metadata or {}, table.to_batches(), Path("table"))
 
