@@ -11,10 +11,11 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ("fusedllm.kernels", "fusedllm.model.rope", "fusedllm.model.transformer")
+CHECKED = ("fusedllm.calibrate.rotate", "fusedllm.kernels", "fusedllm.model.rope", "fusedllm.model.transformer")
 
 # Every shape annotation in these rooms is checked at run time, in every test.
 with install_import_hook(CHECKED, "beartype.beartype"):
+    import fusedllm.calibrate.rotate
     import fusedllm.kernels.attention
     import fusedllm.kernels.embed
     import fusedllm.kernels.linear

@@ -1,0 +1,1 @@
+"""Rewrites of a model's weights before it runs: other numbers, the same logits up to rounding."""
