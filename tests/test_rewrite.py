@@ -24,6 +24,7 @@ from fusedllm.calibrate import rotate as rotate_module
 from fusedllm.calibrate.norms import fold_norms
 from fusedllm.calibrate.rotate import residual_rotation, rotate, times, value_rotation
 from fusedllm.calibrate.widen import wide_twin, widen
+from fusedllm.cli.main import main
 from fusedllm.config import ModelConfig
 from fusedllm.engine.config import EngineConfig
 from fusedllm.errors import CheckpointError, ConfigError
@@ -512,3 +513,12 @@ def test_a_twin_is_written_to_a_file_like_any_other_checkpoint(tmp_path: Path) -
         read = arrays_of(found)
         assert read.keys() == wanted.keys()
         assert all(read[name].tobytes() == values.tobytes() for name, values in wanted.items())
+
+
+def test_convert_rotates_where_a_seed_is_given(tmp_path: Path) -> None:
+    source = tiny.write("smollm2", tmp_path / "source")
+    assert main(["convert", str(source), str(tmp_path / "model.arrow"), "--rotate", "5"]) == 0
+    found, wanted = open_checkpoint(tmp_path / "model.arrow"), rotate(open_checkpoint(source), 5)
+    assert found.config == wanted.config
+    read = arrays_of(found)
+    assert all(read[name].tobytes() == values.tobytes() for name, values in arrays_of(wanted).items())
