@@ -85,7 +85,7 @@ void encode(fusedllm_grouping& job) {
   };
   std::vector<Sums> items(static_cast<size_t>(cut.items(job)));
   run_spans(job, of, cut, [&](int64_t item, int64_t row, int64_t begin, int64_t end, float* scratch) {
-    float sums[2];
+    double sums[2];
     Sums& of_item = items[static_cast<size_t>(item)];
     of_item.problem |= kernels.encode_span(of, row, begin, end, scratch, sums);
     of_item.error += sums[0];

@@ -115,7 +115,7 @@ inline void encode_group(const float* x, int64_t size, float scale, float invers
 
 // Groups [begin, end) of a row. `sums` become the squared errors and squared weights. Returns 1 where a weight is
 // infinite or no number, 2 where a scale is, as a float16.
-int64_t encode_span(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch, float* sums) {
+int64_t encode_span(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch, double* sums) {
   const int64_t groups = end - begin, size = (of.group + 15) / 16 * 16;
   const int64_t first = begin * of.group, last = end * of.group < of.width ? end * of.group : of.width;
   float* padded = scratch;
@@ -184,13 +184,19 @@ int64_t encode_span(const Grouping& of, int64_t row, int64_t begin, int64_t end,
       pack_codes(codes, bytes * 8 / of.bits, of.bits, out);
     }
   }
-  sums[0] = sum(errors);
-  sums[1] = sum(powers);
-  // Squares may be infinite where no weight is.
-  if (!(sums[1] <= 0x1p127f)) {
-    Ints reach = int_zeros();
-    for (int64_t i = 0; i < groups * size; i += 16) reach = larger_magnitude(reach, load(x + i));
-    if (largest(reach) >= 0x7f800000) problem = 1;
+  sums[0] = static_cast<double>(sum(errors));
+  sums[1] = static_cast<double>(sum(powers));
+  if (sums[1] <= 0x1p127) return problem;
+  // The squares are too large for float32, or a weight is no finite number.
+  sums[0] = sums[1] = 0.0;
+  for (int64_t i = 0; i < last - first; ++i) {
+    const int64_t group = i / size;
+    const float code = __builtin_nearbyintf(x[i] * inverses[group]) + zeros[group];
+    const double held = code > low ? (code < high ? code : high) : low;
+    const double weight = x[i], error = (held - zeros[group]) * scales[group] - weight;
+    sums[0] += error * error;
+    sums[1] += weight * weight;
+    if (!(__builtin_fabs(weight) <= 0x1.fffffep127)) return 1;
   }
   return problem;
 }

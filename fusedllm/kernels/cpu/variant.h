@@ -129,7 +129,8 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, int64_t first, int64_t last, float* out);
   // Quantizes groups [begin, end) of a row; `sums` become its squared errors and squared weights. 1 where a weight is
   // infinite or no number, 2 where a scale is too large for float16, else 0. `grouping.cc` knows the size of `scratch`.
-  int64_t (*encode_span)(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch, float* sums);
+  int64_t (*encode_span)(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch,
+                         double* sums);
   // The other way.
   void (*decode_span)(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch);
 };
