@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from fusedllm.errors import QuantizationError
+from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.qarray import QuantArray
 from fusedllm.quant.encoder import ROUND, Plan, plan_rules
 from fusedllm.quant.faces import (
     dequantize_table,
@@ -20,11 +23,13 @@ from fusedllm.quant.faces import (
     with_report,
 )
 from fusedllm.quant.layers import Layers
+from fusedllm.quant.methods import method_named, quantize_matrix
 from fusedllm.quant.report import QuantizeReport
 from fusedllm.quant.schemes import scheme_named
 from fusedllm.quant.table import is_quantized, table_schema
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
+from fusedllm.weights.files import write_atomically
 from fusedllm.weights.load import wanted_tensors
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.quantized import description
@@ -42,6 +47,7 @@ def quantize(
     model: str | Path | None = None,
     scale_dtype: str = "float16",
     report: QuantizeReport | None = None,
+    streaming: bool | None = None,
     progress: bool = False,
 ) -> Any:
     """Weights as a quantized Arrow table (`docs/arrow-format.md`), in one pass and without copies of aligned input.
@@ -59,16 +65,18 @@ def quantize(
         `fusedllm.load` can run the result. A checkpoint says it itself.
       scale_dtype: `float16` or `float32`, of scales and zero points.
       report: is filled in as layers are done; tables carry theirs (`fusedllm.quantize_report`).
+      streaming: return a `RecordBatchReader`, whose batches are made as they are asked for, with one layer of a
+        checkpoint in memory at a time; by default where `source` is one.
       progress: show a progress bar on standard error.
 
     Returns:
-      A `pyarrow.Table`, or for a `RecordBatchReader` another one.
+      A `pyarrow.Table`, or a `RecordBatchReader`.
 
     Raises:
       QuantizationError: an unknown scheme or method, or a layer that can't be quantized, by its name.
       SourceError, CheckpointError: a path or name that can't be opened.
     """
-    plan = Plan(scheme_named(scheme), plan_rules(rules), method=method, scale_dtype=scale_dtype_named(scale_dtype))
+    plan = _plan(scheme, method, rules, scale_dtype)
     report = QuantizeReport() if report is None else report
     opened = _open(source, progress)
     carried = dict(opened.metadata)
@@ -78,12 +86,45 @@ def quantize(
     schema = table_schema(plan.scale_dtype, metadata)
     shown = tqdm(opened.batches, total=opened.count, desc="quantizing", unit="batch", disable=not progress, leave=False)
     batches = quantize_batches(shown, plan, metadata, report)
-    if opened.streams:
+    if opened.streams if streaming is None else streaming:
         return pa.RecordBatchReader.from_batches(schema, batches)
     table = pa.Table.from_batches(list(batches), schema)
     if table.num_rows == 0:
         raise QuantizationError("the table is empty: there is no layer to quantize.")
     return with_report(table, report)
+
+
+def quantize_file(
+    source: Any,
+    destination: str | Path,
+    scheme: str = DEFAULT_SCHEME,
+    *,
+    force: bool = False,
+    report: QuantizeReport | None = None,
+    **options: Any,
+) -> Path:
+    """As `quantize`, into an Arrow (`.arrow`) or Parquet (`.parquet`) file, with one layer of a checkpoint in memory.
+
+    The file is whole or not there. `options` are those of `quantize`.
+
+    Raises:
+      CheckpointError: the file exists and `force` is off, or can't be written; and what `quantize` raises.
+    """
+    path = Path(destination).expanduser()
+    report = QuantizeReport() if report is None else report
+    with write_atomically(path, force=force) as temporary:
+        if not isinstance(source, (Checkpoint, str, Path)):
+            source = _reader(source)
+        made = quantize(source, scheme, report=report, streaming=True, **options)
+        if path.suffix == ".parquet":
+            with pq.ParquetWriter(temporary, made.schema) as writer:
+                for batch in made:
+                    writer.write_batch(batch)
+        else:
+            with pa.ipc.new_file(str(temporary), made.schema) as writer:
+                for batch in made:
+                    writer.write_batch(batch)
+    return path
 
 
 def dequantize(source: Any) -> pa.Table:
@@ -98,6 +139,19 @@ def dequantize(source: Any) -> pa.Table:
     if isinstance(source, (str, Path)):
         source = _table_at(Path(source))
     return dequantize_table(_reader(source))
+
+
+def _plan(scheme: str, method: str, rules: Mapping[str, str] | None, scale_dtype: str) -> Plan:
+    numbers = scale_dtype_named(scale_dtype)
+    how = method_named(method)
+    if how.needs_calibration:
+        raise QuantizationError(f"the method {how} needs a model and calibration text.")
+
+    def choose(name: str, weights: jax.Array, scheme: GroupedScheme) -> QuantArray:
+        return quantize_matrix(weights, scheme, how, scale_dtype=numbers)
+
+    is_rounding = str(how) == ROUND
+    return Plan(scheme_named(scheme), plan_rules(rules), str(how), None if is_rounding else choose, numbers)
 
 
 class _Opened:

@@ -33,14 +33,14 @@ def write_atomically(path: Path, *, force: bool = False) -> Iterator[Path]:
       CheckpointError: `path` exists and `force` is off, or its directory can't be written, or the disk is full.
     """
     path = Path(os.path.abspath(path))
-    _refuse_existing(path, force)
+    refuse_existing(path, force)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         with _named(path, temporary), disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             flush_to_disk(temporary)
-            _refuse_existing(path, force)
+            refuse_existing(path, force)
             replace(temporary, path)
     finally:
         remove(temporary)
@@ -134,7 +134,12 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def refuse_existing(path: Path, force: bool) -> None:
+    """Refuses a target that is there already; with `force` only one that is no checkpoint or no plain file.
+
+    Raises:
+      CheckpointError: it is.
+    """
     if not os.path.lexists(path):
         return
     if not force:
