@@ -468,3 +468,18 @@ def test_a_damaged_quantized_table_is_refused_by_its_layer(case):
     table, sentence = damaged()[case]
     with pytest.raises(QuantizationError, match=sentence):
         fusedllm.dequantize(table)
+
+
+def test_the_example_of_the_documentation_decodes_a_layer():
+    document = Path(__file__).parent.parent / "docs" / "arrow-format.md"
+    code = document.read_text(encoding="utf-8").rsplit("```python", 1)[1].split("```")[0]
+    table = fusedllm.quantize(table_of(WEIGHTS), "int4-g64")
+    names = {"table": table}
+    exec(code, names)
+    np.testing.assert_array_equal(names["weights"], read(table)["q_proj"])
+
+
+def test_an_error_in_a_stream_is_the_same_sentence():
+    stream = fusedllm.quantize(with_value(math.nan).to_reader())
+    with pytest.raises(QuantizationError, match="layer 'embed' has nan"):
+        stream.read_all()
