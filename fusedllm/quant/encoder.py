@@ -29,6 +29,8 @@ from fusedllm.quant.table import Memory, Place, table_schema
 
 # What a rule says of layers that are to stay as they are.
 KEEP = "keep"
+# What XLA's CPU client asks of host memory that it uses as a device buffer.
+ALIGNMENT = 64
 ROUND = "rtn"
 UNTOUCHED = "none"
 
@@ -87,29 +89,22 @@ def encode(
     Raises:
       QuantizationError: a weight is infinite or no number, or too large for float16 scales; the layer is named.
     """
-    count = len(layers)
-    schemes = [plan.scheme_of(*layer) for layer in zip(layers.names, layers.shapes, layers.declared, strict=True)]
-    known: dict[object, Place] = {}
-    places = []
-    for shape, scheme, dtype in zip(layers.shapes, schemes, layers.dtypes, strict=True):
-        key = (shape, scheme, dtype.itemsize)
-        place = known.get(key)
-        if place is None:
-            place = known[key] = Place.of(shape, scheme, dtype.itemsize)
-        places.append(place)
-    memory = Memory(places, plan.scale_dtype)
-    work = _Work(layers, places, memory, plan, np.zeros(count, native_grouping.JOB))
+    work = _Work.of(layers, plan)
     work.run()
-    kinds = [
-        (8 * dtype.itemsize, 0) if scheme is None else (scheme.bits, scheme.group_size)
-        for scheme, dtype in zip(schemes, layers.dtypes, strict=True)
-    ]
-    names = [
-        dtype.name if scheme is None else scheme.name for scheme, dtype in zip(schemes, layers.dtypes, strict=True)
-    ]
-    methods = [UNTOUCHED if scheme is None else plan.method for scheme in schemes]
-    batch = memory.batch(table_schema(plan.scale_dtype, metadata), layers.names, layers.shapes, names, kinds, methods)
+    pairs = [(place.scheme, dtype) for place, dtype in zip(work.places, layers.dtypes, strict=True)]
+    kinds = [(8 * dtype.itemsize, 0) if scheme is None else (scheme.bits, scheme.group_size) for scheme, dtype in pairs]
+    names = [dtype.name if scheme is None else scheme.name for scheme, dtype in pairs]
+    methods = [UNTOUCHED if scheme is None else plan.method for scheme, _ in pairs]
+    schema = table_schema(plan.scale_dtype, metadata)
+    batch = work.memory.batch(schema, layers.names, layers.shapes, names, kinds, methods)
     return batch, work.reports(names, methods, started)
+
+
+def encode_arrays(layers: Layers, plan: Plan) -> list[QuantArray]:
+    """The layers as arrays on the default device; on the CPU they are used where they were made. Raises as `encode`."""
+    work = _Work.of(layers, plan, ALIGNMENT)
+    work.run()
+    return [work.array(index) for index in range(len(layers))]
 
 
 @dataclass
@@ -120,6 +115,34 @@ class _Work:
     plan: Plan
     jobs: np.ndarray
     copied: dict[int, tuple[int, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Layers, plan: Plan, alignment: int = 1) -> _Work:
+        known: dict[object, Place] = {}
+        places = []
+        for name, shape, declared, dtype in zip(
+            layers.names, layers.shapes, layers.declared, layers.dtypes, strict=True
+        ):
+            scheme = plan.scheme_of(name, shape, declared)
+            key = (shape, scheme, dtype.itemsize)
+            place = known.get(key)
+            if place is None:
+                place = known[key] = Place.of(shape, scheme, dtype.itemsize)
+            places.append(place)
+        memory = Memory(places, plan.scale_dtype, alignment)
+        return cls(layers, places, memory, plan, np.zeros(len(layers), native_grouping.JOB))
+
+    def array(self, index: int) -> QuantArray:
+        place, shape = self.places[index], self.layers.shapes[index]
+        assert place.scheme is not None
+
+        def put(kind: int) -> jax.Array:
+            part = self.memory.part(kind, index).reshape(*shape[:-1], -1)
+            part.flags.writeable = False
+            array: jax.Array = jax.device_put(part)
+            return array
+
+        return QuantArray(put(0), put(1), put(2) if place.zeros else None, place.scheme, shape)
 
     def run(self) -> None:
         native_rows = []

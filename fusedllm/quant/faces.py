@@ -18,7 +18,7 @@ from fusedllm.kernels import native, native_grouping
 from fusedllm.kernels.dequantize import dequantize
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.qarray import QuantArray
-from fusedllm.quant.encoder import Plan, encode
+from fusedllm.quant.encoder import Plan, encode, encode_arrays
 from fusedllm.quant.layers import Layers, check_names, of_arrays
 from fusedllm.quant.report import QuantizeReport
 from fusedllm.quant.schemes import scheme_named
@@ -53,8 +53,7 @@ def quantize_arrays(
     layers = of_arrays((name, np.asarray(array)) for name, array in weights.items())
     if not len(layers):
         return {}
-    batch, _ = encode(layers, plan, {}, time.perf_counter())
-    return {row.name: row_array(row) for row in rows(batch)}
+    return dict(zip(layers.names, encode_arrays(layers, plan), strict=True))
 
 
 def quantize_batches(

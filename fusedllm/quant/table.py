@@ -66,26 +66,29 @@ class Place:
 
 
 class Memory:
-    """The buffers of a batch that is written: Arrow's own memory, one for the codes of all layers, and so on."""
+    """The buffers that layers are quantized into: Arrow's own memory, one for the codes of all of them, and so on.
 
-    def __init__(self, places: Sequence[Place], scale_dtype: np.dtype) -> None:
-        self.scale_dtype = scale_dtype
+    `alignment` is that of each layer's parts, in bytes; in a table they follow one another without gaps.
+    """
+
+    def __init__(self, places: Sequence[Place], scale_dtype: np.dtype, alignment: int = 1) -> None:
+        self.dtypes = (np.dtype(np.uint8), scale_dtype, scale_dtype)
+        items = np.array([dtype.itemsize for dtype in self.dtypes])
         counts = np.array([(place.code_bytes, place.numbers, place.zeros) for place in places], np.int64).reshape(-1, 3)
-        self.ends = np.zeros((len(places) + 1, 3), np.int64)
-        np.cumsum(counts, axis=0, out=self.ends[1:])
-        sizes = self.ends[-1] * (1, scale_dtype.itemsize, scale_dtype.itemsize)
-        self._buffers = [pa.allocate_buffer(int(size)) for size in sizes]
+        self.sizes = counts * items
+        ends = np.zeros((len(places) + 1, 3), np.int64)
+        np.cumsum(-(-self.sizes // alignment) * alignment, axis=0, out=ends[1:])
+        self.ends = ends // items
+        self._buffers = [pa.allocate_buffer(int(size)) for size in ends[-1]]
         # Where each layer's part begins, as the quantizer takes it.
         starts = np.array([buffer.address for buffer in self._buffers], np.uint64)
-        offsets = self.ends[:-1] * (1, scale_dtype.itemsize, scale_dtype.itemsize)
-        self.addresses: np.ndarray = starts + offsets.astype(np.uint64)
+        self.addresses: np.ndarray = starts + ends[:-1].astype(np.uint64)
 
     def part(self, kind: int, index: int) -> np.ndarray:
         """A layer's part of the codes (0, uint8), scales (1) or zero points (2), writeable."""
-        dtype = np.dtype(np.uint8) if kind == 0 else self.scale_dtype
-        begin, end = self.ends[index : index + 2, kind]
-        whole = np.frombuffer(self._buffers[kind], dtype)
-        return whole[begin:end]
+        dtype = self.dtypes[kind]
+        begin = int(self.ends[index, kind])
+        return np.frombuffer(self._buffers[kind], dtype)[begin : begin + int(self.sizes[index, kind]) // dtype.itemsize]
 
     def batch(
         self,
@@ -98,7 +101,7 @@ class Memory:
     ) -> pa.RecordBatch:
         """The columns around the buffers, which are not copied; `kinds` are bit width and group size."""
         count = len(names)
-        numbers = pa.from_numpy_dtype(self.scale_dtype)
+        numbers = pa.from_numpy_dtype(self.dtypes[1])
 
         def offsets(kind: int) -> pa.Buffer:
             return pa.py_buffer(np.ascontiguousarray(self.ends[:, kind]))
