@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fusedllm.errors import QuantizationError
-from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.grouped import CODES_TOGETHER, GroupedScheme
 
 GROUP_SIZES = (32, 64, 128)
+BITS = range(3, 9)
 
 
 def _grouped(bits: int, symmetric: bool) -> list[GroupedScheme]:
@@ -40,3 +43,29 @@ def scheme_named(name: str | GroupedScheme) -> GroupedScheme:
     if name not in SCHEMES:
         raise QuantizationError(f"there is no scheme {name!r}; known are: {', '.join(SCHEMES)}.")
     return SCHEMES[name]
+
+
+def scheme_of(
+    bits: int,
+    group_size: int = 0,
+    symmetric: bool = True,
+    codes: Literal["integer", "float8"] = "integer",
+    activation_bits: int | None = None,
+) -> GroupedScheme:
+    """The scheme with these attributes: the table's own, or for other sizes one that is named in the same way.
+
+    Raises:
+      QuantizationError: the layout of grouped codes has no place for it.
+    """
+    if bits not in BITS or (bits < 8 and group_size % CODES_TOGETHER) or (codes == "float8" and bits != 8):
+        kind = "integers" if codes == "integer" else "floats"
+        raise QuantizationError(
+            f"there is no layout for {kind} of {bits} bits in groups of {group_size or 'a row'}: integers have "
+            f"{BITS[0]} to {BITS[-1]} bits, floats 8, and groups of less than 8 bits are multiples of {CODES_TOGETHER}."
+        )
+    kind = f"w{bits}a{activation_bits}" if activation_bits else f"int{bits}" if codes == "integer" else "fp8"
+    group = f"-g{group_size}" if group_size else ""
+    # What the table leaves unsaid is the usual: eight bits have no zero points, fewer have them.
+    said = "" if symmetric == (bits == 8) else "-sym" if symmetric else "-asym"
+    name = f"{kind}{group}{said}"
+    return SCHEMES.get(name) or GroupedScheme(name, bits, group_size, symmetric, codes, activation_bits)
