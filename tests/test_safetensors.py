@@ -224,7 +224,7 @@ def test_something_else_than_safetensors_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "F8_E4M3"),
+        ({"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}, "F8_E5M2"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "takes 4 bytes"),
         ({"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}, "takes 4 bytes"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "gap"),

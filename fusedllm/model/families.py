@@ -249,8 +249,8 @@ def _refuse_quantization(attributes: Attributes) -> None:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise ConfigError(
-            f"{attributes.what} has a 'quantization_config' ({shortened(method)}); quantized HF checkpoints can't be "
-            "read yet, use the unquantized model or a GGUF file."
+            f"{attributes.what} has a 'quantization_config' ({shortened(method)}), which can't be read; those of "
+            "compressed-tensors, GPTQ and AWQ can: use one of them, the unquantized model or a GGUF file."
         )
 
 

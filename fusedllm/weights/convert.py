@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fusedllm.errors import CheckpointError
+from fusedllm.qarray import QuantArray
 from fusedllm.weights.arrow import DTYPES
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.files import write_atomically
@@ -36,11 +37,12 @@ def convert(
     force: bool = False,
     progress: bool = False,
 ) -> Path:
-    """Writes the checkpoint at `src` to `dst` as `format`, and returns `dst`. Quantized tensors are dequantized.
+    """Writes the checkpoint at `src` to `dst` as `format`, and returns `dst`.
 
     Arrow is one file; Orbax and safetensors (a HF directory) are directories. `format=None` goes by the suffix of
-    `dst`. `dtype` casts every tensor. `dst` appears when all of it is on the disk; on an error, a full disk or Ctrl-C
-    nothing of it is left, and an older `dst` stays as it was.
+    `dst`. `dtype` casts every tensor. Quantized tensors are dequantized; only grouped codes stay as they are in
+    safetensors, as compressed-tensors, unless there is a `dtype`. `dst` appears when all of it is on the disk; on an
+    error, a full disk or Ctrl-C nothing of it is left, and an older `dst` stays as it was.
 
     Raises:
       CheckpointError: `dst` exists and `force` is off, the format or dtype is unknown, `src` can't be read or `dst`
@@ -80,7 +82,8 @@ def cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
 
 @contextmanager
 def _shown(checkpoint: Checkpoint, title: str, progress: bool) -> Iterator[Checkpoint]:
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    left = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors.values()}
+    total = sum(left.values())
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not progress) as bar:
 
         def one(tensor: LazyTensor) -> LazyTensor:
@@ -89,7 +92,18 @@ def _shown(checkpoint: Checkpoint, title: str, progress: bool) -> Iterator[Check
                 bar.update(tensor.nbytes)
                 return values
 
-            return dataclasses.replace(tensor, read=read)
+            def read_quantized() -> QuantArray:
+                assert tensor.read_quantized is not None
+                array = tensor.read_quantized()
+                # Who keeps codes reads them twice or more: for the header of the file, and for what follows it.
+                half = min(-(-tensor.nbytes // 2), left[tensor.name])
+                left[tensor.name] -= half
+                bar.update(half)
+                return array
+
+            return dataclasses.replace(
+                tensor, read=read, read_quantized=read_quantized if tensor.read_quantized else None
+            )
 
         yield dataclasses.replace(checkpoint, tensors={name: one(t) for name, t in checkpoint.tensors.items()})
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -22,8 +22,12 @@ from fusedllm.config import ModelConfig
 from fusedllm.errors import CheckpointError
 from fusedllm.model.attributes import shortened
 from fusedllm.model.families import config_from_hf, config_to_hf
+from fusedllm.weights import compressed_tensors, gptq
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
+from fusedllm.weights.compressed_tensors_config import METHOD
+from fusedllm.weights.compressed_tensors_write import compress
 from fusedllm.weights.files import disk_errors
+from fusedllm.weights.grouped_codes import SCALES
 from fusedllm.weights.mapped import MAX_JSON_BYTES, array_at, map_file, parse_json_object, read_json_object
 
 _SINGLE = "model.safetensors"
@@ -33,6 +37,7 @@ _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I8": np.dtype(np.int8),
     "I16": np.dtype(np.int16),
     "I32": np.dtype(np.int32),
@@ -47,6 +52,15 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _MAX_RANK = 8
 
+# By the `quant_method` of a quantization_config; others are refused with the rest of the configuration.
+_QUANTIZED: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, LazyTensor]], dict[str, LazyTensor]]] = {
+    METHOD: compressed_tensors.read,
+    "gptq": gptq.read_gptq,
+    "awq": gptq.read_awq,
+}
+# Where AutoGPTQ put its quantization_config before transformers knew of it.
+_GPTQ_CONFIG = "quantize_config.json"
+
 # Buffers that old checkpoints carry although they follow from the configuration.
 _DERIVED = ".rotary_emb.inv_freq"
 
@@ -54,11 +68,13 @@ _DERIVED = ".rotary_emb.inv_freq"
 def read(path: Path) -> Checkpoint:
     """The checkpoint in a HF directory, or of one `.safetensors` file with `config.json` beside it.
 
-    Tensors are views of the memory map: nothing is copied until somebody computes with them. A `lm_head.weight` that
-    equals the embedding of a tied model is left out; where it differs the model is not tied, as in transformers.
+    Tensors are views of the memory map: nothing is copied until somebody computes with them. Matrices quantized by
+    compressed-tensors, GPTQ or AWQ are grouped codes. A `lm_head.weight` that equals the embedding of a tied model is
+    left out; where it differs the model is not tied, as in transformers.
 
     Raises:
-      CheckpointError: a missing, truncated or malformed file, an index that does not fit its shards.
+      CheckpointError: a missing, truncated or malformed file, an index that does not fit its shards, a quantized matrix
+        whose parts do not fit one another.
       ConfigError: a configuration that is invalid or not implemented.
       TokenizerError: tokenizer files that can't be read.
     """
@@ -71,10 +87,18 @@ def read(path: Path) -> Checkpoint:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} holds no config.json, so the model's shape is unknown.")
     generation = directory / "generation_config.json"
-    config = config_from_hf(
-        read_json_object(directory / "config.json"), read_json_object(generation) if generation.is_file() else None
-    )
+    described = read_json_object(directory / "config.json")
+    quantization = described.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    dequantizer = _QUANTIZED.get(method) if isinstance(method, str) else None
+    if dequantizer is not None:
+        del described["quantization_config"]
+    config = config_from_hf(described, read_json_object(generation) if generation.is_file() else None)
     tensors = _read_directory(path) if path.is_dir() else _read_file(path)
+    if quantization is None and (directory / _GPTQ_CONFIG).is_file() and any(n.endswith(".qweight") for n in tensors):
+        quantization, dequantizer = read_json_object(directory / _GPTQ_CONFIG), gptq.read_gptq
+    if dequantizer is not None and quantization is not None:
+        tensors = dequantizer(quantization, tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED)}
     config = _resolve_tying(config, tensors)
     return Checkpoint(config, tensors, from_hf_directory(directory), "safetensors", path)
@@ -83,18 +107,24 @@ def read(path: Path) -> Checkpoint:
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write `checkpoint` as a HF directory: `config.json`, `model.safetensors`, and the tokenizer's files.
 
-    One tensor is in memory at a time. Files are flushed to the disk; making the directory appear in one piece is the
-    caller's, who gives a temporary path.
+    Matrices of grouped codes are written as compressed-tensors; those in GGUF's blocks are dequantized. One tensor is
+    in memory at a time. Files are flushed to the disk; making the directory appear in one piece is the caller's, who
+    gives a temporary path.
 
     Raises:
-      CheckpointError: a file can't be written, or a tensor is not what the checkpoint says.
+      CheckpointError: a file can't be written, a tensor is not what the checkpoint says, or compressed-tensors has no
+        place for how it is quantized.
       ConfigError: the configuration can't be expressed as a HF `config.json`.
     """
     from fusedllm.text.tokenizer import write_hf_directory
 
     path = Path(path)
     config = config_to_hf(checkpoint.config)
-    stored = [tensor.dtype for tensor in checkpoint.tensors.values()]
+    tensors, quantization = compress(checkpoint)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    # Of a quantized matrix it is the dtype of its scales.
+    stored = [tensor.dtype for tensor in tensors.values() if tensor.dtype in SCALES]
     if stored:
         config["torch_dtype"] = max(stored, key=stored.count).name
     with disk_errors(path):
@@ -103,7 +133,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
             _flush(file)
         with (path / _SINGLE).open("wb") as file:
-            _write_tensors(checkpoint.tensors, file)
+            _write_tensors(tensors, file)
             _flush(file)
         if checkpoint.tokenizer is not None:
             write_hf_directory(checkpoint.tokenizer, path)
