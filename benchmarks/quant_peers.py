@@ -33,9 +33,7 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER[part.removesuffix('.weight')]}.weight"
 
 
-def quantize(
-    source: Path, target: Path, kind: str, importance: Mapping[str, np.ndarray] | None, threads: int
-) -> None:
+def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, np.ndarray] | None, threads: int) -> None:
     """Quantizes the GGUF file `source` into `target`; `importance` is `E[x^2]` of each matrix's input, by HF's names.
 
     An error of llama.cpp ends this program.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.quant.layers import FLOATS
-from fusedllm.quant.schemes import SCHEMES
+from fusedllm.quant.schemes import SCHEMES, scheme_of
 
 FORMAT_VERSION = 1
 VERSION_KEY, SCHEME_KEY, METHOD_KEY, REPORT_KEY = (
@@ -206,7 +207,7 @@ def rows(batch: pa.RecordBatch) -> Iterator[Row]:
     for index, (name, shape, method, scheme_name) in enumerate(zip(names, shapes, methods, schemes, strict=True)):
         if not shape or any(size is None or size < 1 for size in shape):
             raise QuantizationError(f"layer {name!r} has the shape {shape}, whose sizes must be positive.")
-        scheme = scheme_of(name, scheme_name)
+        scheme = _scheme(name, scheme_name)
         itemsize = FLOATS[scheme_name].itemsize if scheme is None else 0
         place = Place.of(tuple(shape), scheme, itemsize)
         codes, numbers, points = data.part(index), scales.part(index), zeros.part(index)
@@ -251,14 +252,18 @@ class _Parts:
         return self.values[begin:end]
 
 
-def scheme_of(layer: str, name: str) -> GroupedScheme | None:
-    """The scheme that a table calls `name`, `None` for a plain dtype.
+_NAME = re.compile(r"int([3-8])(?:-g([0-9]{1,6}))?(-sym|-asym)?")
 
-    Raises:
-      QuantizationError: nobody knows it.
-    """
+
+def _scheme(layer: str, name: str) -> GroupedScheme | None:
+    """The scheme that a table calls `name`, `None` for a plain dtype; sizes that our table has no row for are read."""
     if name in FLOATS:
         return None
     if name in SCHEMES:
         return SCHEMES[name]
-    raise QuantizationError(f"layer {layer!r} is in the scheme {name!r}, which this fusedllm does not know.")
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise QuantizationError(f"layer {layer!r} is in the scheme {name!r}, which this fusedllm does not know.")
+    bits = int(parts[1])
+    symmetric = parts[3] == "-sym" if parts[3] else bits == 8
+    return scheme_of(bits, int(parts[2] or 0), symmetric)
