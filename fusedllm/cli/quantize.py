@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Quantizes, and prints one line of figures, or the whole report."""
-    from fusedllm.quant.report import QuantizeReport
+    from fusedllm import QuantizeReport
     from fusedllm.quantizing import quantize_file
     from fusedllm.weights.convert import convert
     from fusedllm.weights.files import refuse_existing
