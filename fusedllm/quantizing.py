@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from fusedllm.calibrate.run import Run
+from fusedllm.calibrate.text import Calibration, calibration_tokens
 from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.qarray import QuantArray
-from fusedllm.quant.encoder import ROUND, Plan, plan_rules
+from fusedllm.quant.encoder import ROUND, Plan, encode, plan_rules
 from fusedllm.quant.faces import (
     dequantize_table,
     quantize_batches,
@@ -23,19 +27,18 @@ from fusedllm.quant.faces import (
     with_report,
 )
 from fusedllm.quant.layers import Layers
-from fusedllm.quant.methods import method_named, quantize_matrix
+from fusedllm.quant.methods import Method, method_named, quantize_matrix
 from fusedllm.quant.report import QuantizeReport
 from fusedllm.quant.schemes import scheme_named
-from fusedllm.quant.table import is_quantized, table_schema
+from fusedllm.quant.table import table_schema
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.files import write_atomically
-from fusedllm.weights.load import wanted_tensors
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.quantized import description
+from fusedllm.weights.tables import open_layers, reader_of, table_at, with_layers
 
 DEFAULT_SCHEME = "int4-g64"
-_PARQUET, _ARROW_FILE = b"PAR1", b"ARROW1"
 
 
 def quantize(
@@ -44,8 +47,10 @@ def quantize(
     *,
     method: str = ROUND,
     rules: Mapping[str, str] | None = None,
+    calibration: Calibration = None,
     model: str | Path | None = None,
     scale_dtype: str = "float16",
+    resume: str | Path | None = None,
     report: QuantizeReport | None = None,
     streaming: bool | None = None,
     progress: bool = False,
@@ -59,11 +64,15 @@ def quantize(
         DuckDB, pandas). A `RecordBatchReader` is read batch by batch as the result is. A mapping from names to arrays.
         A path: of an Arrow or Parquet file with such a table, or of a checkpoint, or a model's name.
       scheme: of all matrices that no rule names; docs/quantization.md lists them.
-      method: how codes are chosen.
+      method: how codes are chosen: `rtn` (the nearest), `clip`, `hqq`, or with calibration `gptq`, `awq` and cascades
+        such as `clip+gptq` and `awq+hqq`.
       rules: regular expressions of names, and the scheme, or `keep`, of the layers that they find; the first decides.
-      model: whose weights they are: a name or path that says the configuration and the tokenizer, so that
-        `fusedllm.load` can run the result. A checkpoint says it itself.
+      calibration: the path of a text, a list of texts, or token ids, on which activations are measured; by default,
+        where the method needs them, the topics of `pydoc`. With a text `clip` and `hqq` weight errors by it too.
+      model: whose weights they are: a name or path that says the configuration and the tokenizer, so that the model
+        can be calibrated, and `fusedllm.load` can run the result. A checkpoint says it itself.
       scale_dtype: `float16` or `float32`, of scales and zero points.
+      resume: a directory that keeps the layers of a calibration as they are done; one that was stopped goes on there.
       report: is filled in as layers are done; tables carry theirs (`fusedllm.quantize_report`).
       streaming: return a `RecordBatchReader`, whose batches are made as they are asked for, with one layer of a
         checkpoint in memory at a time; by default where `source` is one.
@@ -76,16 +85,36 @@ def quantize(
       QuantizationError: an unknown scheme or method, or a layer that can't be quantized, by its name.
       SourceError, CheckpointError: a path or name that can't be opened.
     """
-    plan = _plan(scheme, method, rules, scale_dtype)
+    how = method_named(method)
+    plan = _plan(scheme, how, rules, scale_dtype)
     report = QuantizeReport() if report is None else report
-    opened = _open(source, progress)
-    carried = dict(opened.metadata)
-    if model is not None:
-        carried |= description(open_checkpoint(registry.resolve(model, progress=progress)))
+    whose = None if model is None else open_checkpoint(registry.resolve(model, progress=progress))
+    opened = open_layers(source, progress)
+    carried = dict(opened.metadata) | ({} if whose is None else description(whose))
     metadata = table_metadata(plan, scheme, carried)
     schema = table_schema(plan.scale_dtype, metadata)
-    shown = tqdm(opened.batches, total=opened.count, desc="quantizing", unit="batch", disable=not progress, leave=False)
-    batches = quantize_batches(shown, plan, metadata, report)
+    if how.needs_calibration or calibration is not None:
+        checkpoint = opened.checkpoint or with_layers(whose, opened.batches)
+        tokens = calibration_tokens(calibration, checkpoint.tokenizer)
+        batches = _calibrated(
+            Run(
+                checkpoint,
+                tokens,
+                lambda name, shape: plan.scheme_of(name, shape, True),
+                how,
+                plan.scale_dtype,
+                None if resume is None else Path(resume).expanduser(),
+                progress,
+            ),
+            plan,
+            metadata,
+            report,
+        )
+    else:
+        shown = tqdm(
+            opened.batches, total=opened.count, desc="quantizing", unit="batch", disable=not progress, leave=False
+        )
+        batches = quantize_batches(shown, plan, metadata, report)
     if opened.streams if streaming is None else streaming:
         return pa.RecordBatchReader.from_batches(schema, batches)
     table = pa.Table.from_batches(list(batches), schema)
@@ -114,7 +143,7 @@ def quantize_file(
     report = QuantizeReport() if report is None else report
     with write_atomically(path, force=force) as temporary:
         if not isinstance(source, (Checkpoint, str, Path)):
-            source = _reader(source)
+            source = reader_of(source)
         made = quantize(source, scheme, report=report, streaming=True, **options)
         if path.suffix == ".parquet":
             with pq.ParquetWriter(temporary, made.schema) as writer:
@@ -137,107 +166,44 @@ def dequantize(source: Any) -> pa.Table:
       QuantizationError: it is no quantized table, or contradicts itself; the message names the layer.
     """
     if isinstance(source, (str, Path)):
-        source = _table_at(Path(source))
-    return dequantize_table(_reader(source))
+        source = table_at(Path(source).expanduser())
+    return dequantize_table(reader_of(source))
 
 
-def _plan(scheme: str, method: str, rules: Mapping[str, str] | None, scale_dtype: str) -> Plan:
+def _plan(scheme: str, method: Method, rules: Mapping[str, str] | None, scale_dtype: str) -> Plan:
     numbers = scale_dtype_named(scale_dtype)
-    how = method_named(method)
-    if how.needs_calibration:
-        raise QuantizationError(f"the method {how} needs a model and calibration text.")
 
     def choose(name: str, weights: jax.Array, scheme: GroupedScheme) -> QuantArray:
-        return quantize_matrix(weights, scheme, how, scale_dtype=numbers)
+        return quantize_matrix(weights, scheme, method, scale_dtype=numbers)
 
-    is_rounding = str(how) == ROUND
-    return Plan(scheme_named(scheme), plan_rules(rules), str(how), None if is_rounding else choose, numbers)
-
-
-class _Opened:
-    """Layers by batches, how many of those there are, what the source says of itself, and whether it is a stream."""
-
-    def __init__(
-        self, batches: Iterable[Layers], count: int | None, metadata: Mapping[bytes, bytes], streams: bool = False
-    ) -> None:
-        self.batches = batches
-        self.count = count
-        self.metadata = metadata
-        self.streams = streams
+    is_rounding = str(method) == ROUND
+    return Plan(scheme_named(scheme), plan_rules(rules), str(method), None if is_rounding else choose, numbers)
 
 
-def _open(source: Any, progress: bool) -> _Opened:
-    if isinstance(source, Checkpoint):
-        return _of_checkpoint(source)
-    if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
-        table = _table_at(path) if path.is_file() else None
-        if table is None or b"fusedllm.config" in (table.schema.metadata or {}):
-            return _of_checkpoint(open_checkpoint(registry.resolve(source, progress=progress)))
-        source = table
-    if isinstance(source, Mapping):
+def _calibrated(
+    run: Run, plan: Plan, metadata: Mapping[bytes, bytes], report: QuantizeReport
+) -> Iterator[pa.RecordBatch]:
+    """A batch for each tensor that the calibration has done."""
+    tensors = run.tensors()
+    while True:
+        started = time.perf_counter()
+        tensor = next(tensors, None)
+        if tensor is None:
+            return
+        name, weights, array = tensor
         layers = Layers()
-        for name, weights in source.items():
-            layers.add_array(name, weights)
-        return _Opened([layers], 1, {})
-    reader = _reader(source)
-    if is_quantized(reader.schema):
-        raise QuantizationError("the table is quantized already; fusedllm.dequantize gives its weights back.")
-    metadata = reader.schema.metadata or {}
-    if isinstance(source, pa.RecordBatchReader):
-        return _Opened(_each(reader), None, metadata, streams=True)
-    layers = Layers()
-    for batch in reader:
-        layers.add_batch(batch)
-    return _Opened([layers] if len(layers) else [], 1, metadata)
+        layers.add_array(name, weights)
+        made = dataclasses.replace(
+            plan, schemes={name: None if array is None else run.scheme_of(name, weights.shape)}, choose=_always(array)
+        )
+        batch, reports = encode(layers, made, metadata, started)
+        report.extend(reports)
+        yield batch
 
 
-def _each(reader: Iterable[pa.RecordBatch]) -> Iterator[Layers]:
-    for batch in reader:
-        layers = Layers()
-        layers.add_batch(batch)
-        if len(layers):
-            yield layers
+def _always(array: QuantArray | None) -> Callable[[str, jax.Array, GroupedScheme], QuantArray]:
+    def choose(name: str, weights: jax.Array, scheme: GroupedScheme) -> QuantArray:
+        assert array is not None
+        return array
 
-
-def _of_checkpoint(checkpoint: Checkpoint) -> _Opened:
-    names = wanted_tensors(checkpoint)
-
-    def batches() -> Iterator[Layers]:
-        for name in names:
-            layers = Layers()
-            layers.add_array(name, checkpoint.tensors[name].read())
-            yield layers
-            # The pages of what has been read are not read again.
-            checkpoint.release()
-
-    return _Opened(batches(), len(names), description(checkpoint))
-
-
-def _reader(source: Any) -> pa.RecordBatchReader:
-    if isinstance(source, pa.RecordBatchReader):
-        return source
-    if isinstance(source, pa.RecordBatch):
-        return pa.RecordBatchReader.from_batches(source.schema, [source])
-    if isinstance(source, pa.Table):
-        return source.to_reader()
-    if hasattr(source, "__arrow_c_stream__"):
-        return pa.RecordBatchReader.from_stream(source)
-    raise QuantizationError(
-        f"weights come as an Arrow table (or what speaks its stream protocol), a mapping from names to arrays, or a "
-        f"path, got {type(source).__name__}."
-    )
-
-
-def _table_at(path: Path) -> pa.Table | None:
-    """The table in an Arrow or Parquet file, mapped; `None` for any other file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(8)
-        if head.startswith(_PARQUET):
-            return pq.read_table(path)
-        if head.startswith(_ARROW_FILE):
-            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        return None
-    except (pa.ArrowException, OSError) as error:
-        raise QuantizationError(f"{path} can't be read: {' '.join(str(error).split())[:200].rstrip('.')}.") from error
+    return choose

@@ -25,6 +25,7 @@ with install_import_hook(CHECKED, "beartype.beartype"):
 from fusedllm.config import ModelConfig
 from fusedllm.engine.config import EngineConfig
 from fusedllm.llm import LLM
+from fusedllm.weights.checkpoint import Checkpoint
 
 # A first example pays for a compilation; and other work on the machine is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -68,3 +69,12 @@ def smollm2() -> LLM:
     from fusedllm.llm import load
 
     return load("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Checkpoint:
+    """SmolLM2-135M-Instruct as its file has it, nothing read yet."""
+    from fusedllm.weights.open import open_checkpoint
+    from fusedllm.weights.registry import resolve
+
+    return open_checkpoint(resolve("smollm2-135m"))

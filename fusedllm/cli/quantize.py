@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=SCHEME",
         help="another scheme, or keep, for the layers that the regular expression finds; may be given again",
     )
+    parser.add_argument("--calibration", metavar="FILE", help="UTF-8 text that activations are measured on")
+    parser.add_argument("--resume", metavar="DIR", help="keeps finished layers, so that a stopped calibration goes on")
     parser.add_argument("--scale-dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--model", help="whose weights a table holds, so that the result can be run")
     parser.add_argument("--format", help="of DST, by default what its suffix says")
@@ -51,6 +53,8 @@ def run(options: argparse.Namespace) -> None:
     keywords = {
         "method": options.method,
         "rules": rules,
+        "calibration": options.calibration,
+        "resume": options.resume,
         "scale_dtype": options.scale_dtype,
         "model": options.model,
         "report": report,

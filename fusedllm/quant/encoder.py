@@ -49,6 +49,7 @@ class Plan:
       method: the name of how codes are chosen.
       choose: the method itself, where it is not rounding to the nearest.
       scale_dtype: of scales and zero points.
+      schemes: of single layers by their names, before any rule.
     """
 
     scheme: GroupedScheme
@@ -56,9 +57,12 @@ class Plan:
     method: str = ROUND
     choose: Method | None = None
     scale_dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float16))
+    schemes: Mapping[str, GroupedScheme | None] = field(default_factory=dict)
 
     def scheme_of(self, name: str, shape: tuple[int, ...], declared: bool) -> GroupedScheme | None:
         """The scheme of a layer; `None` for one that stays: what a rule keeps, and vectors that are said to be such."""
+        if name in self.schemes:
+            return self.schemes[name]
         for pattern, scheme in self.rules.items():
             if re.search(pattern, name):
                 return scheme

@@ -218,10 +218,9 @@ def rows(batch: pa.RecordBatch) -> Iterator[Row]:
                 f"and {wanted[2]:,} zero points, and holds {found[0]:,}, {found[1]:,} and {found[2]:,}."
             )
         if scheme is None:
-            values = codes if codes.ctypes.data % itemsize == 0 else codes.copy()
-            yield Row(
-                name, tuple(shape), None, method, values.view(FLOATS[scheme_name]).reshape(place.rows, -1), None, None
-            )
+            plain = codes if codes.ctypes.data % itemsize == 0 else codes.copy()
+            weights = plain.view(FLOATS[scheme_name]).reshape(shape)
+            yield Row(name, tuple(shape), None, method, weights, None, None)
             continue
         yield Row(
             name,
