@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from fusedllm.calibrate.run import Run
+from fusedllm.calibrate.sensitivity import choose_schemes
 from fusedllm.calibrate.text import Calibration, calibration_tokens
 from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
@@ -49,6 +50,7 @@ def quantize(
     rules: Mapping[str, str] | None = None,
     calibration: Calibration = None,
     model: str | Path | None = None,
+    target_bpw: float | None = None,
     scale_dtype: str = "float16",
     resume: str | Path | None = None,
     report: QuantizeReport | None = None,
@@ -71,6 +73,8 @@ def quantize(
         where the method needs them, the topics of `pydoc`. With a text `clip` and `hqq` weight errors by it too.
       model: whose weights they are: a name or path that says the configuration and the tokenizer, so that the model
         can be calibrated, and `fusedllm.load` can run the result. A checkpoint says it itself.
+      target_bpw: choose a scheme for each tensor that no rule names, by how much it matters to the model, so that all
+        tensors together have so many bits per weight at most; instead of `scheme`. Needs the model and calibration.
       scale_dtype: `float16` or `float32`, of scales and zero points.
       resume: a directory that keeps the layers of a calibration as they are done; one that was stopped goes on there.
       report: is filled in as layers are done; tables carry theirs (`fusedllm.quantize_report`).
@@ -93,23 +97,21 @@ def quantize(
     carried = dict(opened.metadata) | ({} if whose is None else description(whose))
     metadata = table_metadata(plan, scheme, carried)
     schema = table_schema(plan.scale_dtype, metadata)
-    if how.needs_calibration or calibration is not None:
+    if how.needs_calibration or calibration is not None or target_bpw is not None:
         checkpoint = opened.checkpoint or with_layers(whose, opened.batches)
-        tokens = calibration_tokens(calibration, checkpoint.tokenizer)
-        batches = _calibrated(
-            Run(
-                checkpoint,
-                tokens,
-                lambda name, shape: plan.scheme_of(name, shape, True),
-                how,
-                plan.scale_dtype,
-                None if resume is None else Path(resume).expanduser(),
-                progress,
-            ),
-            plan,
-            metadata,
-            report,
+        run = Run(
+            checkpoint,
+            calibration_tokens(calibration, checkpoint.tokenizer),
+            lambda name, shape: plan.scheme_of(name, shape, True),
+            how,
+            plan.scale_dtype,
+            None if resume is None else Path(resume).expanduser(),
+            progress,
         )
+        if target_bpw is not None:
+            chosen = choose_schemes(run, target_bpw, fixed=plan.rules)
+            run = dataclasses.replace(run, scheme_of=lambda name, shape: chosen[name])
+        batches = _calibrated(run, plan, metadata, report)
     else:
         shown = tqdm(
             opened.batches, total=opened.count, desc="quantizing", unit="batch", disable=not progress, leave=False

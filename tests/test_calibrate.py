@@ -146,7 +146,7 @@ def test_factors_are_folded_without_changing_what_a_layer_does(kv_heads, bias):
     checkpoint = outlying(random_checkpoint(config, "float32"))
     runs = Run(checkpoint, TOKENS, matrices, method_named("awq"))
     described = describe(config).layers[0]
-    layer = runs._float_layer(described)
+    layer = runs.float_layer(described)
     rng = np.random.default_rng(2)
     if bias:
         biases = {

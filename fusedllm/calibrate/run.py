@@ -95,21 +95,26 @@ class Run:
             self.checkpoint.release()
         yield from self._head(description, hidden)
 
-    def statistics(self) -> Iterator[tuple[str, Statistics]]:
-        """The statistics of every matrix's inputs in the model as it is, by the matrix's name, layer by layer."""
+    def statistics(self, states: list[np.ndarray] | None = None) -> Iterator[tuple[str, Statistics]]:
+        """The statistics of every matrix's inputs in the model as it is, by the matrix's name, layer by layer.
+
+        `states` grows by the hidden states, `[windows, window, hidden]`, that leave each layer.
+        """
         config = self.checkpoint.config
         description: Any = describe(config)
-        hidden = self._read(description.embedding.name)[self.tokens]
+        hidden = self.read(description.embedding.name)[self.tokens]
         for index in tqdm(range(config.num_layers), desc="measuring", unit="layer", disable=not self.progress):
             described = description.layers[index]
-            layer = self._float_layer(described)
+            layer = self.float_layer(described)
             for site, found in self._sums(index, layer, hidden).items():
                 for name in SITES[site]:
                     yield getattr(described, name).name, found
             hidden = self._through(index, layer, hidden)
+            if states is not None:
+                states.append(hidden)
             self.checkpoint.release()
         head = description.embedding if description.head is None else description.head
-        yield head.name, self._head_statistics(self._read(description.final_norm.name), hidden)
+        yield head.name, self._head_statistics(self.read(description.final_norm.name), hidden)
 
     def _finished(self) -> Finished | None:
         if self.directory is None:
@@ -127,7 +132,7 @@ class Run:
         return Finished(self.directory, settings)
 
     def _layer(self, index: int, described: Any, hidden: np.ndarray) -> list[Tensor]:
-        layer = self._float_layer(described)
+        layer = self.float_layer(described)
         statistics = self._sums(index, layer, hidden)
         schemes = {
             name: self.scheme_of(getattr(described, name).name, getattr(described, name).shape)
@@ -150,14 +155,14 @@ class Run:
         return made
 
     def _head(self, description: Any, hidden: np.ndarray) -> Iterator[Tensor]:
-        norm = self._read(description.final_norm.name)
+        norm = self.read(description.final_norm.name)
         statistics = self._head_statistics(norm, hidden)
         yield Tensor(description.final_norm.name, norm, None)
         head = description.embedding if description.head is None else description.head
         yield self._tensor(head, Method(grid=self.method.grid, gptq=self.method.gptq), statistics)
 
     def _tensor(self, spec: ParamSpec, method: Method, statistics: Statistics | None = None) -> Tensor:
-        weights = self._read(spec.name)
+        weights = self.read(spec.name)
         scheme = self.scheme_of(spec.name, spec.shape)
         if scheme is None:
             return Tensor(spec.name, weights, None)
@@ -191,18 +196,20 @@ class Run:
         for start in range(0, len(hidden), step):
             yield hidden[start : start + step]
 
-    def _read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
+        """A tensor of the model, float32."""
         return np.asarray(self.checkpoint.tensors[name].read(), np.float32)
 
-    def _float_layer(self, described: Any) -> LayerParams:
+    def float_layer(self, described: Any) -> LayerParams:
+        """A layer of the model, float32, from its description."""
         return described.replace(
-            **{name: jnp.asarray(self._read(spec.name)) for name, spec in _fields(described).items()}
+            **{name: jnp.asarray(self.read(spec.name)) for name, spec in _fields(described).items()}
         )
 
     def _stored(self, described: Any, arrays: Mapping[str, np.ndarray]) -> Iterator[Tensor]:
         for spec in _fields(described).values():
             weights = arrays.get(f"{spec.name}/weights")
-            weights = self._read(spec.name) if weights is None else weights
+            weights = self.read(spec.name) if weights is None else weights
             if f"{spec.name}/values" not in arrays:
                 yield Tensor(spec.name, weights, None)
                 continue

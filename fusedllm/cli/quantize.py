@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=SCHEME",
         help="another scheme, or keep, for the layers that the regular expression finds; may be given again",
     )
+    parser.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="BITS",
+        help="choose a scheme for each tensor, so that all have so many bits per weight at most",
+    )
     parser.add_argument("--calibration", metavar="FILE", help="UTF-8 text that activations are measured on")
     parser.add_argument("--resume", metavar="DIR", help="keeps finished layers, so that a stopped calibration goes on")
     parser.add_argument("--scale-dtype", choices=["float16", "float32"], default="float16")
@@ -55,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         "rules": rules,
         "calibration": options.calibration,
         "resume": options.resume,
+        "target_bpw": options.target_bpw,
         "scale_dtype": options.scale_dtype,
         "model": options.model,
         "report": report,

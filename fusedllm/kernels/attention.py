@@ -68,7 +68,10 @@ def _attention_xla(
     blocks = []
     for first in range(0, seq, QUERY_BLOCK):
         part = grouped[:, first : first + QUERY_BLOCK]
-        blocks.append(_query_block(part, (k_pages, v_pages), scales, table, start + first, pages_per_block, window))
+        # Constants stay constants, for what depends on them below.
+        with jax.ensure_compile_time_eval():
+            part_start = start + first
+        blocks.append(_query_block(part, (k_pages, v_pages), scales, table, part_start, pages_per_block, window))
     return jnp.concatenate(blocks, axis=1).reshape(batch, seq, heads, head_dim)
 
 
@@ -126,15 +129,17 @@ def _query_block(
         ).reshape(total.shape)
         return total * rescale[..., None] + partial, weight_sum * rescale + weights.sum(axis=-1), new_highest
 
-    last_block = (jnp.max(start) + seq - 1) // block
-    first_block = jnp.int32(0) if window is None else jnp.maximum(jnp.min(start) - window + 1, 0) // block
+    # Where `start` is a constant these are numbers: only a loop of known length can be differentiated backwards.
+    with jax.ensure_compile_time_eval():
+        last_block = (jnp.max(start) + seq - 1) // block
+        first_block = jnp.int32(0) if window is None else jnp.maximum(jnp.min(start) - window + 1, 0) // block
+        # A chunk's padding may reach past the table's end; positions there belong to nobody.
+        end = jnp.minimum(last_block + 1, table.shape[1] // pages_per_block)
     initial = (
         jnp.zeros((batch, kv_heads, group, seq, head_dim), jnp.float32),
         jnp.zeros((batch, kv_heads, group, seq), jnp.float32),
         jnp.full((batch, kv_heads, group, seq), MASKED, jnp.float32),
     )
-    # A chunk's padding may reach past the table's end; positions there belong to nobody.
-    end = jnp.minimum(last_block + 1, table.shape[1] // pages_per_block)
     total, weight_sum, _ = lax.fori_loop(first_block, end, visit, initial)
     # [batch, kv_heads, group, seq, head_dim] -> [batch, seq, kv_heads, group, head_dim]
     return (total / weight_sum[..., None]).transpose(0, 3, 1, 2, 4).astype(out_dtype)
