@@ -21,6 +21,10 @@ class CheckpointError(FusedLLMError):
     """A checkpoint is missing, truncated, malformed, or does not hold the tensors that its configuration names."""
 
 
+class QuantizationError(FusedLLMError, ValueError):
+    """Weights can't be written in a quantization scheme: NaN, a scale beyond float16, rows that are no whole blocks."""
+
+
 class SourceError(FusedLLMError):
     """A named model can't be fetched: unknown name, no network, gated repository, checksum mismatch."""
 
