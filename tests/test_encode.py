@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from fusedllm.errors import FusedLLMError, QuantizationError
 from fusedllm.quant import pack
 from fusedllm.quant.blocks import SCHEMES
-from fusedllm.quant.encode import ENCODERS, encode
+from fusedllm.quant.encode import ENCODERS, encode, fallback
 
 gguf = pytest.importorskip("gguf")
 
@@ -302,8 +302,10 @@ def test_what_is_no_number_is_refused(name, value):
     ("arguments", "said"),
     [
         (("Q2_K", np.zeros((1, 256), np.float32)), "Q2_K can't be written; known are: Q8_0"),
-        (("Q4_K", np.zeros((2, 576), np.float32)), r"whole blocks of 256 weights, and the shape is \(2, 576\)"),
-        (("Q4_0", np.zeros(32, np.float32)), r"the shape is \(32,\)"),
+        (("Q4_K", np.zeros((2, 576), np.float32)), "whole blocks of 256 weights, and these have 576; Q5_0 fits"),
+        (("Q4_0", np.zeros(32, np.float32)), r"for matrices, and the shape is \(32,\)"),
+        (("Q4_0", np.zeros((0, 32), np.float32)), r"for matrices, and the shape is \(0, 32\)"),
+        (("Q8_0", np.zeros((2, 40), np.float32)), "these have 40; F16 fits"),
         (("Q4_0", np.zeros((2, 64), np.float32), np.ones(32)), r"the shape \(32,\), and there are 64 columns"),
         (("Q4_0", np.zeros((2, 64), np.float32), -np.ones(64)), "a number that is not negative"),
         (("Q4_0", np.zeros((2, 64), np.float32), np.full(64, np.nan)), "a number that is not negative"),
@@ -315,6 +317,22 @@ def test_what_can_not_be_encoded_is_one_sentence(arguments, said):
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, FusedLLMError)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "cols", "found"),
+    [
+        ("Q4_K", 512, "Q4_K"),
+        ("Q4_K", 576, "Q5_0"),
+        ("Q5_K", 576, "Q5_1"),
+        ("Q6_K", 576, "Q8_0"),
+        ("Q4_0", 576, "Q4_0"),
+        ("Q4_K", 40, "F16"),
+        ("Q8_0", 40, "F16"),
+    ],
+)
+def test_the_fallback_is_llama_cpp_s(name, cols, found):
+    assert fallback(name, cols) == found
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])

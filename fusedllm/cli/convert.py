@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 
 NAME = "convert"
-HELP = "convert a checkpoint to arrow, orbax or safetensors"
+HELP = "convert a checkpoint to arrow, gguf, orbax or safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     parser.add_argument("source", metavar="SRC", help="a name, a path or hf:OWNER/NAME")
     parser.add_argument("destination", metavar="DST", type=Path)
-    parser.add_argument("--format", choices=["arrow", "orbax", "safetensors"], help="by default what DST's suffix says")
+    formats = ["arrow", "gguf", "orbax", "safetensors"]
+    parser.add_argument("--format", choices=formats, help="by default what DST's suffix says")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default the source's")
     parser.add_argument(
         "--rotate", type=int, metavar="SEED", help="the same model in a random basis; float32 by default"

@@ -30,6 +30,8 @@ _SMALLEST = 2.0**-26
 _LARGEST_HALF = 65504
 # Far beyond what any format holds, and still with a reciprocal in float32.
 _LARGEST_EXPONENT = 120
+# What takes the place of a super-block of 256 where rows hold another number of weights: `llama-quant.cpp`.
+_FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 # A column that the calibration never saw still counts this part of the mean one.
 _LEAST_IMPORTANCE = 1e-2
 
@@ -68,9 +70,12 @@ def encode(name: str, weights: np.ndarray, importance: np.ndarray | None = None)
     if encoder is None:
         raise QuantizationError(f"{name} can't be written; known are: {', '.join(ENCODERS)}.")
     scheme = SCHEMES[name]
-    if weights.ndim != 2 or weights.shape[1] % scheme.block_size or not weights.size:
+    if weights.ndim != 2 or not weights.size:
+        raise QuantizationError(f"{name} is for matrices, and the shape is {weights.shape}.")
+    if weights.shape[1] % scheme.block_size:
         raise QuantizationError(
-            f"{name} needs rows of whole blocks of {scheme.block_size} weights, and the shape is {weights.shape}."
+            f"{name} needs rows of whole blocks of {scheme.block_size} weights, and these have {weights.shape[1]}; "
+            f"{fallback(name, weights.shape[1])} fits."
         )
     columns = None if importance is None else _checked_importance(importance, weights.shape[1])
     blocks = weights.reshape(-1, scheme.block_size)
@@ -88,6 +93,17 @@ def encode(name: str, weights: np.ndarray, importance: np.ndarray | None = None)
             )
         result[start : start + len(fields[0])] = encoder.pack(*fields)
     return result.reshape(len(weights), -1)
+
+
+def fallback(name: str, cols: int) -> str:
+    """`name`, or the type that llama.cpp takes for rows of `cols` weights, which are no whole blocks of `name`.
+
+    For Q4_K that is Q5_0, for Q5_K Q5_1, for Q6_K Q8_0; and F16 where these don't fit either.
+    """
+    for candidate in (name, _FALLBACKS.get(name, name)):
+        if cols % SCHEMES[candidate].block_size == 0:
+            return candidate
+    return "F16"
 
 
 def _checked_importance(importance: np.ndarray, cols: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from fusedllm.text.special import CONTROL_TEXTS, SPACE_MARK
 
 _MODELS = ("gpt2", "llama")
 # Named ids of a GGUF and what chat templates (and the stop rule) call their tokens.
-_NAMED_IDS = {
+NAMED_IDS = {
     "unknown": "unk_token",
     "padding": "pad_token",
     "seperator": "sep_token",
@@ -80,7 +80,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> TokenizerData | None:
         raise TokenizerError("the GGUF asks for a beginning-of-sequence token and names none (bos_token_id)")
     if _flag(metadata, "add_eos_token", False) and eos_token is not None:
         parts["post_processor"] = _append(eos_token, tokens.index(eos_token))
-    named = {key: _named_token(metadata, name, tokens) for name, key in _NAMED_IDS.items()}
+    named = {key: _named_token(metadata, name, tokens) for name, key in NAMED_IDS.items()}
     return TokenizerData(
         tokenizer_json=_to_json(tokens, types, parts),
         chat_template=_chat_template(metadata),
@@ -97,9 +97,8 @@ def _byte_level(merges: list[str], tokens: Collection[str], pre: PreTokenizer) -
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in pre.patterns
     ]
-    # A byte without a token has no id, here as in llama.cpp, but what stands on its two sides must not be merged.
-    missing = "".join(rf"\x{{{ord(character):x}}}" for character in BYTE_LEVEL_ALPHABET if character not in tokens)
-    barrier = [{"type": "Split", "pattern": {"Regex": f"[{missing}]"}, "behavior": "Isolated", "invert": False}]
+    missing = missing_bytes(tokens)
+    barrier = [{"type": "Split", "pattern": {"Regex": missing}, "behavior": "Isolated", "invert": False}]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level, *(barrier if missing else [])]},
@@ -108,8 +107,17 @@ def _byte_level(merges: list[str], tokens: Collection[str], pre: PreTokenizer) -
     }
 
 
-def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], add_space_prefix: bool) -> dict[str, Any]:
-    """The parts of a `tokenizer.json` for SentencePiece's BPE: merges by score, bytes for what has no token."""
+def missing_bytes(tokens: Collection[str]) -> str:
+    """A regular expression for the bytes that have no token in a byte-level vocabulary; empty where all have one.
+
+    Such a byte has no id, here as in llama.cpp, but what stands on its two sides must not be merged.
+    """
+    missing = "".join(rf"\x{{{ord(character):x}}}" for character in BYTE_LEVEL_ALPHABET if character not in tokens)
+    return missing and f"[{missing}]"
+
+
+def sentencepiece_merges(tokens: Sequence[str], scores: Sequence[float]) -> list[list[str]]:
+    """Every way to make a token of two others, `[left, right]`, those with the highest score first."""
     known = set(tokens)
     merges = [
         (-score, -cut, token[:cut], token[cut:])
@@ -120,6 +128,11 @@ def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], add_space_pre
     # Of the ways to make one token, the one with the longer left half comes first: merging from the left, as
     # llama.cpp breaks ties, leaves runs of one character with their longer pieces on the left.
     merges.sort(key=lambda merge: merge[:2])
+    return [[left, right] for _, _, left, right in merges]
+
+
+def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], add_space_prefix: bool) -> dict[str, Any]:
+    """The parts of a `tokenizer.json` for SentencePiece's BPE: merges by score, bytes for what has no token."""
     space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
     prefix = [{"type": "Prepend", "prepend": SPACE_MARK}] if add_space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_space_prefix else []
@@ -127,7 +140,7 @@ def _sentencepiece(tokens: Sequence[str], scores: Sequence[float], add_space_pre
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, space]},
         "decoder": {"type": "Sequence", "decoders": [unmark, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": {"byte_fallback": True, "fuse_unk": True, "merges": [[left, right] for _, _, left, right in merges]},
+        "model": {"byte_fallback": True, "fuse_unk": True, "merges": sentencepiece_merges(tokens, scores)},
     }
 
 

@@ -7,6 +7,7 @@ Patterns are in the syntax of Oniguruma, which the `tokenizers` library uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # English contractions. Spelled out in both cases, because case-insensitive matching in Oniguruma would also fold
@@ -17,10 +18,8 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _ASCII_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 _CJK_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 # llama.cpp sees case in ASCII only: any other letter may stand in either half of a word.
-_CASED_WORD = (
-    r"[^\r\n\p{L}\p{N}]?(?:(?=\p{L})[^a-z])*(?:(?=\p{L})[^A-Z])+"
-    r"@|[^\r\n\p{L}\p{N}]?(?:(?=\p{L})[^a-z])+(?:(?=\p{L})[^A-Z])*@"
-)
+_LOWER_AT_THE_END = r"[^\r\n\p{L}\p{N}]?(?:(?=\p{L})[^a-z])*(?:(?=\p{L})[^A-Z])+"
+_UPPER_AT_THE_START = r"[^\r\n\p{L}\p{N}]?(?:(?=\p{L})[^a-z])+(?:(?=\p{L})[^A-Z])*"
 
 
 def _words(digits: str, letters: str = r"\p{L}", contraction: str = _CONTRACTION) -> str:
@@ -33,7 +32,8 @@ def _words(digits: str, letters: str = r"\p{L}", contraction: str = _CONTRACTION
 
 def _cased_words(digits: str, suffix: str) -> str:
     """Words that also split where lower case turns into upper case; `suffix` may follow a word."""
-    return rf"{_CASED_WORD.replace('@', suffix)}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+    word = rf"{_LOWER_AT_THE_END}{suffix}|{_UPPER_AT_THE_START}{suffix}"
+    return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +123,44 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         )
     ),
 }
+
+# Of several names for the same splitting the one that llama.cpp's converter writes; else the first of the table.
+_PREFERRED = ("llama-bpe",)
+# What `tokenizer.json` files write where the patterns above have the other: the same, except that llama.cpp ignores
+# the case of contractions and sees that of words in ASCII only.
+_SPELLINGS = (
+    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", rf"(?:{_CONTRACTION})?"),
+    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", _CONTRACTION),
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+        _LOWER_AT_THE_END,
+    ),
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+        _UPPER_AT_THE_START,
+    ),
+    (r"[\p{L}]", r"\p{L}"),
+)
+GPT2_PATTERN, DIGIT_PATTERN = _GPT2, r"\p{N}"
+
+
+def name_of(patterns: Sequence[str], ignore_merges: bool) -> str | None:
+    """The name by which a GGUF says that text is split by `patterns`; `None` where llama.cpp knows none.
+
+    Args:
+      patterns: regular expressions as in `PreTokenizer`, in the spelling of this table or of published models.
+      ignore_merges: as in `PreTokenizer`.
+    """
+    wanted = (tuple(map(_spelled, patterns)), ignore_merges)
+    ordered = (*_PREFERRED, *(name for name in PRE_TOKENIZERS if name not in _PREFERRED))
+    for name in ordered:
+        found = PRE_TOKENIZERS[name]
+        if (tuple(map(_spelled, found.patterns)), found.ignore_merges) == wanted:
+            return name
+    return None
+
+
+def _spelled(pattern: str) -> str:
+    for theirs, ours in _SPELLINGS:
+        pattern = pattern.replace(theirs, ours)
+    return pattern

@@ -8,24 +8,29 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from fusedllm.errors import CheckpointError
-from fusedllm.qarray import QuantArray
 from fusedllm.weights.arrow import DTYPES
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.files import write_atomically
 from fusedllm.weights.open import open_checkpoint
 
-# Format -> suffixes that ask for it. The name is also the module of this package whose `write` is called.
+# Format -> suffixes that ask for it.
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "arrow": (".arrow", ".ipc", ".feather"),
+    "gguf": (".gguf",),
     "orbax": (".orbax",),
     "safetensors": (".safetensors", ".hf"),
 }
+# Of this package, those whose `write` is called where it is not the one of the format's name.
+_MODULES: Mapping[str | None, str] = {"gguf": "gguf_write"}
 FLOATS = ("float32", "bfloat16", "float16")
+
+T = TypeVar("T")
 
 
 def convert(
@@ -39,14 +44,16 @@ def convert(
 ) -> Path:
     """Writes the checkpoint at `src` to `dst` as `format`, and returns `dst`.
 
-    Arrow is one file; Orbax and safetensors (a HF directory) are directories. `format=None` goes by the suffix of
-    `dst`. `dtype` casts every tensor. Quantized tensors are dequantized; only grouped codes stay as they are in
-    safetensors, as compressed-tensors, unless there is a `dtype`. `dst` appears when all of it is on the disk; on an
-    error, a full disk or Ctrl-C nothing of it is left, and an older `dst` stays as it was.
+    Arrow and GGUF are one file; Orbax and safetensors (a HF directory) are directories. `format=None` goes by the
+    suffix of `dst`. Quantized tensors keep their blocks in a GGUF, and grouped codes stay as they are in safetensors, as
+    compressed-tensors; otherwise they are dequantized. `dtype` casts every tensor, except that the vectors of a GGUF are
+    float32. `dst` appears when all of it is on the disk; on an error, a full disk or Ctrl-C nothing of it is left, and
+    an older `dst` stays as it was.
 
     Raises:
       CheckpointError: `dst` exists and `force` is off, the format or dtype is unknown, `src` can't be read or `dst`
         can't be written.
+      ConfigError, TokenizerError: the format has no way to express the model or its tokenizer.
     """
     target = Path(dst).expanduser()
     write = _writer(target, format)
@@ -83,26 +90,23 @@ def cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
 @contextmanager
 def _shown(checkpoint: Checkpoint, title: str, progress: bool) -> Iterator[Checkpoint]:
     left = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors.values()}
-    total = sum(left.values())
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=sum(left.values()), desc=title, unit="B", unit_scale=True, disable=not progress) as bar:
 
-        def one(tensor: LazyTensor) -> LazyTensor:
-            def read() -> np.ndarray:
-                values = tensor.read()
-                bar.update(tensor.nbytes)
+        def counted(read: Callable[[], T], name: str) -> Callable[[], T]:
+            def read_and_count() -> T:
+                values = read()
+                # Some writers read codes twice or more.
+                bar.update(left.pop(name, 0))
                 return values
 
-            def read_quantized() -> QuantArray:
-                assert tensor.read_quantized is not None
-                array = tensor.read_quantized()
-                # Who keeps codes reads them twice or more: for the header of the file, and for what follows it.
-                half = min(-(-tensor.nbytes // 2), left[tensor.name])
-                left[tensor.name] -= half
-                bar.update(half)
-                return array
+            return read_and_count
 
+        def one(tensor: LazyTensor) -> LazyTensor:
+            blocks = tensor.read_quantized
             return dataclasses.replace(
-                tensor, read=read, read_quantized=read_quantized if tensor.read_quantized else None
+                tensor,
+                read=counted(tensor.read, tensor.name),
+                read_quantized=None if blocks is None else counted(blocks, tensor.name),
             )
 
         yield dataclasses.replace(checkpoint, tensors={name: one(t) for name, t in checkpoint.tensors.items()})
@@ -113,5 +117,7 @@ def _writer(target: Path, format: str | None) -> Callable[[Checkpoint, Path], No
     if name not in SUFFIXES:
         asked = f"the format {format!r} is unknown" if format else f"the suffix of {target} names no format"
         raise CheckpointError(f"{asked}; say --format {' or '.join(SUFFIXES)}.")
-    write: Callable[[Checkpoint, Path], None] = importlib.import_module(f"fusedllm.weights.{name}").write
+    write: Callable[[Checkpoint, Path], None] = importlib.import_module(
+        f"fusedllm.weights.{_MODULES.get(name) or name}"
+    ).write
     return write
