@@ -22,7 +22,7 @@ class CheckpointError(FusedLLMError):
 
 
 class QuantizationError(FusedLLMError, ValueError):
-    """Weights can't be written in a quantization scheme: NaN, a scale beyond float16, rows that are no whole blocks."""
+    """Weights can't be quantized (NaN, a scale beyond float16, ...), or a quantized table can't be read."""
 
 
 class SourceError(FusedLLMError):
@@ -47,7 +47,3 @@ class ImplementationError(FusedLLMError):
 
 class CompileForbiddenError(FusedLLMError):
     """Something compiled inside `forbid_compile()`; the message names the program and its shape."""
-
-
-class QuantizationError(FusedLLMError):
-    """Weights can't be quantized, or a quantized table can't be read; the message names the layer."""

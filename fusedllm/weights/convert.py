@@ -45,10 +45,10 @@ def convert(
     """Writes the checkpoint at `src` to `dst` as `format`, and returns `dst`.
 
     Arrow and GGUF are one file; Orbax and safetensors (a HF directory) are directories. `format=None` goes by the
-    suffix of `dst`. Quantized tensors keep their blocks in a GGUF, and grouped codes stay as they are in safetensors, as
-    compressed-tensors; otherwise they are dequantized. `dtype` casts every tensor, except that the vectors of a GGUF are
-    float32. `dst` appears when all of it is on the disk; on an error, a full disk or Ctrl-C nothing of it is left, and
-    an older `dst` stays as it was.
+    suffix of `dst`. Quantized tensors keep their blocks in a GGUF, where grouped codes become blocks, and grouped codes
+    stay as they are in safetensors, as compressed-tensors; otherwise they are dequantized. `dtype` casts every tensor,
+    except that the vectors of a GGUF are float32. `dst` appears when all of it is on the disk; on an error, a full disk
+    or Ctrl-C nothing of it is left, and an older `dst` stays as it was.
 
     Raises:
       CheckpointError: `dst` exists and `force` is off, the format or dtype is unknown, `src` can't be read or `dst`

@@ -20,6 +20,7 @@ from fusedllm.errors import CheckpointError, QuantizationError
 from fusedllm.quant.blocks import SCHEMES
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.gguf_config import ARCHITECTURES
+from fusedllm.weights.gguf_grouped import as_blocks
 from fusedllm.weights.gguf_header import read_header
 from fusedllm.weights.gguf_metadata import architecture_of, metadata_of, rope_factors
 from fusedllm.weights.gguf_names import ROPE_FREQS, gguf_name, permute, permuted_heads
@@ -88,7 +89,7 @@ def write(
     permuted = ARCHITECTURES[architecture].permuted
     plans = []
     for name in wanted:
-        tensor, theirs = checkpoint.tensors[name], gguf_name(name)
+        tensor, theirs = as_blocks(checkpoint.tensors[name]), gguf_name(name)
         heads = permuted_heads(theirs, config) if permuted else None
         plans.append(_Plan(tensor, theirs, _type_name(tensor, type_of), heads))
     metadata = metadata_of(config, checkpoint.tokenizer, {plan.name: plan.tensor.shape for plan in plans})

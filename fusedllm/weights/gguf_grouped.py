@@ -1,0 +1,67 @@
+"""Grouped codes as GGUF's blocks: the codes stay, and each block of 32 has its group's scale.
+
+Symmetric codes of 4 and 3 bits become Q4_0 and codes of 8 bits Q8_0, whose values are the same bit for bit where scales
+are float16. Q4_1, for codes with zero points, stores `-scale * zero_point`, which float16 rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import numpy as np
+
+from fusedllm.kernels.grouped import GroupedScheme, unpack
+from fusedllm.qarray import QuantArray
+from fusedllm.quant.blocks import SCHEMES
+from fusedllm.weights.checkpoint import LazyTensor
+
+BLOCK = 32
+
+
+def as_blocks(tensor: LazyTensor) -> LazyTensor:
+    """`tensor` with blocks of GGUF instead of grouped codes, where there are blocks for them; else as it is."""
+    if tensor.read_quantized is None or tensor.quantization in SCHEMES or len(tensor.shape) != 2:
+        return tensor
+    read = tensor.read_quantized
+    scheme = read().scheme
+    name = block_name(scheme, tensor.shape[1]) if isinstance(scheme, GroupedScheme) else None
+    if name is None:
+        return tensor
+
+    def read_blocks() -> QuantArray:
+        return QuantArray(cast("Any", blocks_of(read(), name)), None, None, SCHEMES[name], tensor.shape)
+
+    return dataclasses.replace(tensor, quantization=name, read_quantized=read_blocks)
+
+
+def block_name(scheme: GroupedScheme, width: int) -> str | None:
+    """The type of GGUF that holds the codes of `scheme`, or `None`."""
+    if scheme.codes != "integer" or scheme.bits not in (3, 4, 8) or width % BLOCK or scheme.group_size % BLOCK:
+        return None
+    if scheme.bits == 8:
+        return "Q8_0" if scheme.symmetric else None
+    return "Q4_0" if scheme.symmetric else "Q4_1"
+
+
+def blocks_of(array: QuantArray, name: str) -> np.ndarray:
+    """The blocks of `array`, uint8 `[rows, bytes of a row]`, in the type `name` of `block_name`."""
+    scheme = cast("GroupedScheme", array.scheme)
+    rows, width = array.shape
+    count = width // BLOCK
+    codes = unpack(np, np.asarray(array.values), scheme.bits)[:, :width].reshape(rows, count, BLOCK)
+    repeats = scheme.group_size // BLOCK if scheme.group_size else count
+
+    def of_blocks(numbers: Any) -> np.ndarray:
+        return np.repeat(np.asarray(numbers, np.float32), repeats, axis=1)[:, :count, None]
+
+    scales = of_blocks(array.scales)
+    parts = [scales.astype(np.float16).view(np.uint8)]
+    if name == "Q8_0":
+        return np.concatenate([*parts, codes.view(np.uint8)], axis=2).reshape(rows, -1)
+    if name == "Q4_0":
+        codes = codes + np.uint8(8 - scheme.center)
+    else:
+        parts.append((-scales * of_blocks(array.zeros)).astype(np.float16).view(np.uint8))
+    parts.append(codes[..., :16] | codes[..., 16:] << np.uint8(4))
+    return np.concatenate(parts, axis=2).reshape(rows, -1)
