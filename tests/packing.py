@@ -1,15 +1,23 @@
-"""Random quantized matrices for the tests of kernels: GGUF blocks, and the packed layout made of them."""
+"""Random quantized matrices for the tests of kernels: GGUF blocks and grouped codes, and the packed layouts of them."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fusedllm.kernels import packed
+from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.grouped import pack as pack_codes
 from fusedllm.qarray import QuantArray
+from fusedllm.quant import schemes
 from fusedllm.quant.blocks import SCHEMES
 
 NAMES = tuple(packed.SCHEMES)
+# Every layout that grouped codes have, w8a8 left out: it rounds activations in another way.
+GROUPED = tuple(name for name, scheme in schemes.SCHEMES.items() if name not in ("fp8", "w8a8"))
+# Of those, one a format and way of sharing scales.
+SOME_GROUPED = ("int8", "int8-g64", "int4-g32", "int4-g128", "int4-g64-sym", "int3-g64", "int3-g128-sym")
 
 
 def blocks(name: str, rows: int, width: int, rng: np.random.Generator, scale: float = 0.01) -> np.ndarray:
@@ -29,7 +37,50 @@ def raw(name: str, width: int, made: np.ndarray) -> QuantArray:
 
 def pack(name: str, width: int, made: np.ndarray) -> QuantArray:
     """The blocks in the layout of the native kernels."""
-    shape = (len(made), width)
-    out = np.empty(packed.packed_shape(name, shape), np.uint8)
-    packed.pack_blocks(name, shape, made, out)
-    return QuantArray(jax.device_put(out), None, None, packed.SCHEMES[name], shape)
+    return pack_array(raw(name, width, made))
+
+
+def pack_array(array: QuantArray) -> QuantArray:
+    """Blocks or grouped codes in the layout of the native kernels."""
+    layout = packed.layout_of(array)
+    assert layout is not None
+    out = np.empty(layout.packed_shape(array.shape), np.uint8)
+    packed.pack(array, layout, out)
+    return QuantArray(jax.device_put(out), None, None, layout, array.shape)
+
+
+def grouped(
+    scheme: str | GroupedScheme,
+    rows: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: float = 0.01,
+    scales: np.ndarray | None = None,
+    zeros: np.ndarray | None = None,
+) -> QuantArray:
+    """Every code there is for a number, scales of both signs up to `scale`, and zero points that are no integers."""
+    scheme = schemes.scheme_named(scheme)
+    size = (rows, scheme.groups(width))
+    # What fills the last group is part of the file, and no value may depend on it.
+    codes = rng.integers(0, 2**scheme.bits, (rows, scheme.padded(width)))
+    if scheme.codes == "float8":
+        # All ones but the sign are no number.
+        codes -= codes % 128 == 127
+    if scales is None:
+        scales = rng.uniform(-scale, scale, size).astype(np.float16)
+    if zeros is None and not scheme.symmetric:
+        zeros = rng.uniform(-2, scheme.highest + 2, size).astype(np.float16)
+    values = pack_codes(np, codes.astype(np.uint8), scheme.bits)
+    return QuantArray(*map(as_device, (values, scales, zeros)), scheme, (rows, width))
+
+
+def as_device(array: np.ndarray | None) -> jax.Array | None:
+    """On jax's device, or `None` as it is."""
+    return None if array is None else jnp.asarray(array)
+
+
+def random_packed(name: str, rows: int, width: int, rng: np.random.Generator, scale: float = 0.01) -> QuantArray:
+    """A random packed matrix made of GGUF's blocks or of the codes of a scheme of ours, whichever has that name."""
+    if name in NAMES:
+        return pack(name, width, blocks(name, rows, width, rng, scale))
+    return pack_array(grouped(name, rows, width, rng, scale))

@@ -110,11 +110,11 @@ def test_a_forked_process_has_threads_of_its_own():
     code = """
 import os, numpy as np
 from fusedllm.kernels import native
-from fusedllm.kernels.packed import pack_blocks, packed_shape
+from fusedllm.kernels.packed import SCHEMES
 blocks = np.ones((4096, 36), np.uint8)
 def pack():
-    out = np.empty(packed_shape("Q4_0", (4096, 64)), np.uint8)
-    pack_blocks("Q4_0", (4096, 64), blocks, out)
+    out = np.empty(SCHEMES["Q4_0"].packed_shape((4096, 64)), np.uint8)
+    native.pack(0, 4096, 64, blocks, out)
     return out
 native.set_threads(2)
 expected = pack()
@@ -128,16 +128,22 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @needs_native
+def test_a_library_of_another_age_is_not_used():
+    code = "from fusedllm.kernels import native; native.INTERFACE += 1; print(native.why_unavailable())"
+    assert "was built from other sources; build it again" in python(code).stdout
+
+
+@needs_native
 def test_who_takes_an_item_changes_no_bit():
     """XLA's threads flush denormal numbers to zero, others do not; the pool's do as the caller does."""
     code = """
 import jax.numpy as jnp, numpy as np
 from fusedllm.kernels import native
 from fusedllm.kernels.linear import linear
-from fusedllm.kernels.packed import pack_blocks, packed_shape
+from fusedllm.kernels.packed import SCHEMES
 native.set_threads(2)
-out = np.empty(packed_shape("Q4_0", (4096, 64)), np.uint8)
-pack_blocks("Q4_0", (4096, 64), np.ones((4096, 36), np.uint8), out)
+out = np.empty(SCHEMES["Q4_0"].packed_shape((4096, 64)), np.uint8)
+native.pack(0, 4096, 64, np.ones((4096, 36), np.uint8), out)
 x, weight = jnp.full((1, 8), 1e-20), jnp.full((65536, 8), 1e-20)
 print(len({np.asarray(linear(x, weight, implementation="ffi")[0]).tobytes() for _ in range(5)}),
       len(np.unique(linear(x, weight, implementation="ffi")[0])))

@@ -57,5 +57,5 @@ def _embed_ffi(table: jax.Array | QuantArray, tokens: jax.Array, dtype: DTypeLik
     rows, hidden = table.shape
     flat = tokens.reshape(-1).astype(jnp.int32)
     call = jax.ffi.ffi_call("fusedllm_embed", jax.ShapeDtypeStruct((flat.shape[0], hidden), jnp.float32))
-    out = call(flat, table.values, format=np.int32(scheme.number), rows=np.int64(rows))
+    out = call(flat, table.values, format=np.int32(scheme.number), shared=np.int64(scheme.shared), rows=np.int64(rows))
     return out.astype(dtype).reshape(*tokens.shape, hidden)

@@ -20,6 +20,9 @@ from fusedllm.qarray import QuantArray
 # Codes that fill whole bytes at any number of bits.
 CODES_TOGETHER = 8
 
+# Products of int8 with int8 whose sums stay below 2^31, with some room: 127 * 128 * 65536 is half of it.
+MOST_INTEGER_COLUMNS = 65536
+
 # Largest finite float8 e4m3fn.
 LARGEST_FLOAT8 = 448.0
 
@@ -68,9 +71,15 @@ class GroupedScheme:
         return 0 if self.signed else 2 ** (self.bits - 1)
 
     @property
+    def sums_integers(self) -> bool:
+        """Whether `linear` makes sums of integers of the codes: one scale a row, and activations of eight bits too."""
+        whole_rows = (self.bits, self.group_size, self.symmetric, self.codes) == (8, 0, True, "integer")
+        return whole_rows and self.activation_bits == 8
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight with float16 scales; scales of whole rows are not counted."""
-        return self.bits + (16 * (2 - self.symmetric) / self.group_size if self.group_size else 0)
+        return self.bits + (16 * (2 - self.symmetric) / self.group_size if self.group_size else 0.0)
 
     def groups(self, width: int) -> int:
         """Groups of a row of `width` weights."""

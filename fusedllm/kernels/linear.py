@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
-from fusedllm.kernels.packed import PLAIN_NUMBERS, packed_scheme
+from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, unpack
+from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
 from fusedllm.qarray import QuantArray
 
 # Up to here the rows go to the right-hand side on the CPU: `W @ x.T` reads W along its rows at twice to four times the
@@ -19,6 +20,9 @@ FEW_ROWS = 32
 
 # Of one native call.
 MOST_WEIGHTS = 8
+
+# Of sums of integers: a token whose magnitudes are all smaller counts as zeros, so that no step on the way is denormal.
+SMALLEST_TOKEN = 2.0**-88
 
 
 def linear(
@@ -36,9 +40,20 @@ def linear(
     activations as they are. A weight of a kind that the native implementation does not read is left to XLA where
     nothing was asked for.
 
+    A weight whose scheme has activations of eight bits (`w8a8`) is multiplied in integers, whatever `precise` says, and
+    with the same bits by every implementation. For each token, in float32:
+
+        code = round(x * (127 / max|x|)), ties to even          int8
+        sum  = the sum over the row of code * weight's code     int32, exact
+        out  = sum * (max|x| * (1 / 127)) * weight's scale
+
+    Both scales are outside of the sum, which is all that has to run where the weights are. A token of nothing but
+    magnitudes below 2^-88 gives zeros, and one with what is infinite or no number gives no numbers.
+
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't read a weight.
-      ValueError: a weight is no matrix with as many columns as `x` has elements in a row.
+      ValueError: a weight is no matrix with as many columns as `x` has elements in a row; or its scheme has activations
+        of eight bits, and it is not int8 with one scale a row or has more than 65,536 columns.
     """
     _check_shapes(x, weights)
     return choose("linear", {"xla": _linear_xla, "ffi": _linear_ffi}, implementation)(
@@ -50,6 +65,18 @@ def _check_shapes(x: jax.Array, weights: tuple[jax.Array | QuantArray, ...]) -> 
     for weight in weights:
         if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
             raise ValueError(f"linear: a weight must be [out, {x.shape[-1]}] for this x, got {list(weight.shape)}.")
+        scheme = weight.scheme if isinstance(weight, QuantArray) else None
+        if isinstance(scheme, GroupedScheme) and scheme.activation_bits is not None:
+            if not scheme.sums_integers:
+                raise ValueError(
+                    f"linear: activations are rounded for weights of int8 with one scale a row and no zero points, and "
+                    f"the scheme {scheme.name} is another."
+                )
+            if weight.shape[1] > MOST_INTEGER_COLUMNS:
+                raise ValueError(
+                    f"linear: int32 holds the sums of {MOST_INTEGER_COLUMNS} columns of {scheme.name}, and this weight "
+                    f"has {weight.shape[1]}."
+                )
 
 
 def _linear_xla(
@@ -60,6 +87,8 @@ def _linear_xla(
 
 
 def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeLike) -> jax.Array:
+    if isinstance(weight, QuantArray) and _sums_integers(weight):
+        return _integer_product(x, weight).astype(out_dtype)
     matrix = weight.dequantize(x.dtype) if isinstance(weight, QuantArray) else weight.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # The default lets a GPU round float32 operands to TF32.
@@ -69,6 +98,33 @@ def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeL
     else:
         product = jnp.dot(rows, matrix.T, precision=precision, preferred_element_type=jnp.float32)
     return product.astype(out_dtype).reshape(*x.shape[:-1], matrix.shape[0])
+
+
+def _sums_integers(weight: QuantArray) -> bool:
+    return isinstance(weight.scheme, GroupedScheme | PackedScheme) and weight.scheme.sums_integers
+
+
+def _integer_product(x: jax.Array, weight: QuantArray) -> jax.Array:
+    if isinstance(weight.scheme, PackedScheme):
+        matrix, scales = weight.scheme.integers(weight)
+    else:
+        assert weight.scales is not None
+        matrix, scales = unpack(jnp, weight.values, 8), weight.scales[:, 0].astype(jnp.float32)
+    codes, token_scales = _round_tokens(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    sums = jnp.dot(codes, matrix.T, preferred_element_type=jnp.int32).astype(jnp.float32)
+    return (sums * token_scales[:, None] * scales).reshape(*x.shape[:-1], matrix.shape[0])
+
+
+def _round_tokens(x: Float[Array, "rows in"]) -> tuple[Int8[Array, "rows in"], Float[Array, " rows"]]:
+    """Codes of each row of float32 `x`, and its scale."""
+    magnitude = jnp.abs(x).max(axis=-1)
+    finite = jnp.isfinite(magnitude)
+    coded = finite & (magnitude >= np.float32(SMALLEST_TOKEN))
+    # Not divided by 127: XLA would multiply with the inverse or not, as it sees fit, and that is another rounding.
+    scale = jnp.where(coded, magnitude * np.float32(1 / 127), jnp.where(finite, 0, jnp.nan))
+    inverse = jnp.where(coded, np.float32(127) / magnitude, 0)
+    codes = jnp.where(coded[:, None], jnp.round(x * inverse[:, None]), 0)
+    return codes.astype(jnp.int8), scale
 
 
 def _linear_ffi(
@@ -92,6 +148,7 @@ def _linear_ffi(
             rows,
             *(weight.values if isinstance(weight, QuantArray) else weight for weight in native),
             formats=np.asarray([_format_number(weight) for weight in native], np.int32),
+            shared=np.asarray([_shared(weight) for weight in native], np.int64),
             rows=np.asarray([weight.shape[0] for weight in native], np.int64),
             levels=np.int32(2 if precise else 1),
         )
@@ -111,6 +168,11 @@ def _format_number(weight: jax.Array | QuantArray) -> int | None:
         scheme = packed_scheme(weight)
         return None if scheme is None else scheme.number
     return PLAIN_NUMBERS.get(weight.dtype.name)
+
+
+def _shared(weight: jax.Array | QuantArray) -> int:
+    scheme = packed_scheme(weight)
+    return 1 if scheme is None else scheme.shared
 
 
 def _kind(weight: jax.Array | QuantArray) -> str:

@@ -125,19 +125,59 @@ def set_threads(count: int) -> None:
     library().fusedllm_set_threads(count)
 
 
-def packed_bytes(number: int, rows: int, width: int) -> int:
-    """Bytes of a matrix packed in the format `number` (`cpu/variant.h`)."""
-    count: int = library().fusedllm_packed_bytes(number, rows, width)
+def packed_bytes(number: int, shared: int, rows: int, width: int) -> int:
+    """Bytes of a matrix packed in the format `number` (`cpu/variant.h`), `shared` groups a scale; -1 if it can't be."""
+    count: int = library().fusedllm_packed_bytes(number, shared, rows, width)
     return count
 
 
 def pack(number: int, rows: int, width: int, blocks: np.ndarray, packed: np.ndarray) -> None:
     """Packs GGUF's `blocks` into `packed`, both contiguous uint8, with all threads and without the interpreter lock."""
-    expected = packed_bytes(number, rows, width)
+    expected = packed_bytes(number, 1, rows, width)
     if expected < 0 or packed.nbytes != expected or not (blocks.flags.c_contiguous and packed.flags.c_contiguous):
         raise ValueError(f"a matrix {rows} x {width} is packed from contiguous blocks into {expected} bytes.")
     failed = library().fusedllm_pack(number, rows, width, blocks.ctypes.data, packed.ctypes.data)
     assert not failed
+
+
+def pack_grouped(
+    number: int,
+    shared: int,
+    shape: tuple[int, int],
+    bits: int,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
+    packed: np.ndarray,
+) -> None:
+    """Packs grouped `codes` of a matrix of `shape` into `packed`, with all threads and without the interpreter lock.
+
+    All are contiguous: `codes`, uint8 `[rows, bytes per row]`, and `packed` as `packed_bytes` says; `scales` and
+    `zeros`, float16 `[rows, groups]`, a group being `shared` times 32 columns.
+    """
+    rows, width = shape
+    numbers = (rows, -(-width // (32 * shared)))
+    halves = [scales] if zeros is None else [scales, zeros]
+    fits = (
+        packed.nbytes == packed_bytes(number, shared, rows, width)
+        and codes.dtype == np.uint8
+        and (codes.ndim, len(codes)) == (2, rows)
+        and all(half.dtype == np.float16 and half.shape == numbers for half in halves)
+        and all(array.flags.c_contiguous for array in (codes, packed, *halves))
+    )
+    if not fits or library().fusedllm_pack_grouped(
+        number,
+        shared,
+        rows,
+        width,
+        bits,
+        codes.shape[1],
+        codes.ctypes.data,
+        scales.ctypes.data,
+        None if zeros is None else zeros.ctypes.data,
+        packed.ctypes.data,
+    ):
+        raise ValueError(f"a matrix {rows} x {width} is not packed from codes {codes.shape}, scales {scales.shape}.")
 
 
 @functools.cache
@@ -169,9 +209,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fusedllm_has_isa.argtypes = [ctypes.c_char_p]
     library.fusedllm_choose_isa.argtypes = [ctypes.c_char_p]
     library.fusedllm_set_threads.argtypes = [number]
-    library.fusedllm_packed_bytes.argtypes = [number, size, size]
+    library.fusedllm_packed_bytes.argtypes = [number, size, size, size]
     library.fusedllm_packed_bytes.restype = size
     library.fusedllm_pack.argtypes = [number, size, size, pointer, pointer]
+    library.fusedllm_pack_grouped.argtypes = [number, size, size, size, number, size, *[pointer] * 4]
 
 
 def _runnable(library: ctypes.CDLL) -> tuple[str, ...]:

@@ -23,8 +23,8 @@ class LazyTensor:
       dtype: what `read` returns: float32, float16, bfloat16 (of `ml_dtypes`) or an integer type.
       nbytes: bytes in the file.
       read: the values; a view of the memory map where the format has one.
-      quantization: the name of the block scheme in the file (`Q4_1`), or `None`.
-      read_quantized: the blocks unchanged; `None` where the tensor is not quantized.
+      quantization: the name of the scheme in the file (`Q4_1`, `int4-g64`), or `None`.
+      read_quantized: the blocks or codes unchanged; `None` where the tensor is not quantized.
     """
 
     name: str

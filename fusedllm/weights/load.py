@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fusedllm.config import ModelConfig
 from fusedllm.errors import CheckpointError
-from fusedllm.kernels.packed import SCHEMES, can_pack, pack_blocks, packed_shape
+from fusedllm.kernels import packed
 from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import BlockScheme
@@ -32,6 +32,8 @@ ALIGNMENT = 64
 THREADS = 2
 # The pages of a file that is packed are let go of each time that so many bytes have been read.
 RELEASE_BYTES = 256 * 2**20
+# Packed matrices lie one after the other in pieces of memory of at least so many bytes.
+ARENA_BYTES = 256 * 2**20
 # Decoded at a time where a quantized matrix becomes float16.
 DECODED_WEIGHTS = 2**21
 
@@ -77,7 +79,8 @@ def load_params(
 
     On the CPU, read-only memory on a 64-byte boundary becomes an array as it lies (the array keeps the map alive);
     all else is copied once, straight to where it stays. `dtype=None` keeps the file's. With `keep_quantized` a matrix
-    that is quantized in the file becomes a `QuantArray` with the file's blocks, whatever `dtype` says.
+    that is quantized in the file becomes a `QuantArray` with the file's blocks or codes, whatever `dtype` says. With
+    `pack` it gets the layout of the native kernels; of those that have none there, GGUF's blocks become float16.
 
     Raises:
       CheckpointError: a tensor that the configuration asks for is missing or has another shape, the file has one that
@@ -86,16 +89,12 @@ def load_params(
     started = time.perf_counter()
     wanted = specs(checkpoint.config)
     check_tensors(checkpoint, wanted)
-    packable = [
-        checkpoint.tensors[name] for name in wanted if pack and keep_quantized and _can_pack(checkpoint.tensors[name])
-    ]
     loader = _Loader(
         dtype=None if dtype is None else np.dtype(dtype),
         keep_quantized=keep_quantized,
         pack=pack,
         device=device or jax.devices()[0],
         release=checkpoint.release,
-        arena=aligned_empty((sum(map(_packed_bytes, packable)),), np.dtype(np.uint8)),
     )
     total = sum(checkpoint.tensors[name].nbytes for name in wanted)
     arrays: dict[str, Any] = {}
@@ -174,57 +173,57 @@ class _Loader:
     pack: bool
     device: jax.Device
     release: Callable[[], object]
-    # Where all packed matrices lie, one after the other: small ones too are then in huge pages of memory.
-    arena: np.ndarray
-    used: int = 0
+    # Where packed matrices lie: small ones too are then in huge pages of memory.
+    arena: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
     unreleased: int = 0
     copies: dict[str, int] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def load(self, tensor: LazyTensor) -> jax.Array | QuantArray:
-        reads_blocks = self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2
-        if reads_blocks and self.pack:
-            if _can_pack(tensor):
-                return self._packed(tensor)
-            return self._narrowed(tensor)
-        if reads_blocks:
-            assert tensor.read_quantized is not None
-            placed: QuantArray = jax.tree.map(lambda leaf: self._put(leaf, leaf.dtype), tensor.read_quantized())
-            return placed
+        if self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2:
+            return self._quantized(tensor, tensor.read_quantized())
         values = tensor.read()
-        if values.shape != tensor.shape:
-            raise CheckpointError(f"{tensor.name!r} was read as {list(values.shape)} and not as {list(tensor.shape)}.")
+        _check_shape(tensor, values.shape)
         reason = f"dequantized from {tensor.quantization}" if tensor.quantization else None
         return self._put(values, values.dtype if self.dtype is None else self.dtype, reason)
 
-    def _packed(self, tensor: LazyTensor) -> QuantArray:
-        name = str(tensor.quantization)
-        assert tensor.read_quantized is not None
-        blocks = np.ascontiguousarray(tensor.read_quantized().values)
-        size = _packed_bytes(tensor)
-        with self.lock:
-            start, self.used = self.used, self.used + size
-        packed = self.arena[start : start + size].reshape(packed_shape(name, tensor.shape))
-        pack_blocks(name, tensor.shape, blocks, packed)
-        values = self._put(packed, packed.dtype, f"packed from {name}")
-        self._count_released(blocks.nbytes)
-        return QuantArray(values, None, None, SCHEMES[name], tensor.shape)
+    def _quantized(self, tensor: LazyTensor, array: QuantArray) -> jax.Array | QuantArray:
+        _check_shape(tensor, array.shape)
+        if self.pack:
+            layout = packed.layout_of(array)
+            if layout is not None:
+                return self._packed(array, layout)
+            if isinstance(array.scheme, BlockScheme):
+                return self._narrowed(array, array.scheme)
+        placed: QuantArray = jax.tree.map(lambda leaf: self._put(leaf, leaf.dtype), array)
+        return placed
 
-    def _narrowed(self, tensor: LazyTensor) -> jax.Array:
+    def _packed(self, array: QuantArray, layout: packed.PackedScheme) -> QuantArray:
+        shape = layout.packed_shape(array.shape)
+        place = self._take(math.prod(shape)).reshape(shape)
+        packed.pack(array, layout, place)
+        values = self._put(place, place.dtype, f"packed from {array.scheme.name}")
+        self._count_released(array.nbytes)
+        return QuantArray(values, None, None, layout, array.shape)
+
+    def _take(self, size: int) -> np.ndarray:
+        """The next `size` bytes, a multiple of `ALIGNMENT`, of the arena."""
+        with self.lock:
+            if len(self.arena) < size:
+                self.arena = aligned_empty((max(size, ARENA_BYTES),), np.dtype(np.uint8))
+            taken, self.arena = self.arena[:size], self.arena[size:]
+        return taken
+
+    def _narrowed(self, blocks: QuantArray, scheme: BlockScheme) -> jax.Array:
         """float16, decoded some rows at a time: a whole matrix of float32 would be the most that loading ever holds."""
-        assert tensor.read_quantized is not None
-        blocks = tensor.read_quantized()
-        reason = f"dequantized from {tensor.quantization}"
-        if not isinstance(blocks.scheme, BlockScheme):
-            return self._put(tensor.read(), np.dtype(np.float16), reason)
-        rows, width = tensor.shape
+        rows, width = blocks.shape
         narrow = aligned_empty((rows, width), np.dtype(np.float16))
         step = max(1, DECODED_WEIGHTS // width)
         for first in range(0, rows, step):
             part = narrow[first : first + step]
             with np.errstate(over="ignore"):
-                part[...] = blocks.scheme.decode_numpy(np.asarray(blocks.values[first : first + step]), part.shape)
-        array = self._put(narrow, narrow.dtype, reason)
+                part[...] = scheme.decode_numpy(np.asarray(blocks.values[first : first + step]), part.shape)
+        array = self._put(narrow, narrow.dtype, f"dequantized from {scheme.name}")
         self._count_released(blocks.values.nbytes)
         return array
 
@@ -265,12 +264,9 @@ class _Loader:
             self.copies[reason] = self.copies.get(reason, 0) + nbytes
 
 
-def _can_pack(tensor: LazyTensor) -> bool:
-    return tensor.read_quantized is not None and can_pack(str(tensor.quantization), tensor.shape)
-
-
-def _packed_bytes(tensor: LazyTensor) -> int:
-    return math.prod(packed_shape(str(tensor.quantization), tensor.shape))
+def _check_shape(tensor: LazyTensor, shape: tuple[int, ...]) -> None:
+    if shape != tensor.shape:
+        raise CheckpointError(f"{tensor.name!r} was read as {list(shape)} and not as {list(tensor.shape)}.")
 
 
 def _is_unaligned(values: np.ndarray) -> bool:

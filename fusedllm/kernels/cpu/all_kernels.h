@@ -1,6 +1,7 @@
 // Every operation, and the table of them. Included once by each variant, inside its namespace.
 #include "quantize_kernel.h"
 #include "packed_product_kernel.h"
+#include "integer_product_kernel.h"
 #include "float_product_kernel.h"
 #include "bfloat16_product_kernel.h"
 #include "exp_kernel.h"
@@ -12,8 +13,8 @@
 #include "grouping_kernel.h"
 
 constexpr Kernels kTable = {
-    kName, token_block, quantize, interleave, packed_product, float_product, interleave_pairs, bfloat16_product,
-    float_vector_product,
+    kName, token_block, quantize, interleave, packed_product, quantize_tokens, integer_product, float_product,
+    interleave_pairs, bfloat16_product, float_vector_product,
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
     merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu, encode_span,
     decode_span,

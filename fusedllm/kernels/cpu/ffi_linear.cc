@@ -69,16 +69,17 @@ class Linear {
 
   void add(const Product& product) {
     products_[count_++] = product;
-    (is_packed(product.format) ? packed_ : (rounds(product) ? rounded_ : plain_)) = true;
+    prepared_for(product) = true;
   }
 
   void run() {
     prepare();
     int64_t panels = 0, bytes = 0;
     for (int i = 0; i < count_; ++i) {
-      const Format format = products_[i].format;
-      panels += panels_of(products_[i]);
-      bytes = std::max(bytes, is_packed(format) ? panel_bytes(format, width_) : width_ * 4 * kPanelRows);
+      const Product& product = products_[i];
+      panels += panels_of(product);
+      bytes = std::max(bytes, is_packed(product.format) ? panel_bytes(product.format, product.shared, width_)
+                                                        : width_ * 4 * kPanelRows);
     }
     const Cut cut = fusedllm::cut(panels, bytes, tokens_);
     Pool::instance().run(cut.chunks * cut.token_parts, [&](int64_t item) {
@@ -96,6 +97,13 @@ class Linear {
   }
 
  private:
+  // Whether any product asks for the activations that this one does.
+  bool& prepared_for(const Product& product) {
+    if (product.format == Format::kInteger) return integer_;
+    if (is_packed(product.format)) return packed_;
+    return rounds(product) ? rounded_ : plain_;
+  }
+
   // Whether activations are rounded to bfloat16 for a product; and whether it is then one of pairs.
   bool rounds(const Product& product) const {
     return product.format == Format::kBfloat16 && levels_ == 1 && kernels_.bfloat16_product != nullptr;
@@ -125,6 +133,13 @@ class Linear {
                     levels_};
       over_tokens([&](int64_t first, int64_t last) { kernels_.quantize(x_, first, last, quantized_); });
     }
+    if (integer_) {
+      static thread_local Scratch scratch;
+      float* memory = scratch.of<float>(2 * tokens_ + tokens_ * width_ / 4);
+      integers_ = {reinterpret_cast<int8_t*>(memory + 2 * tokens_), memory,
+                   reinterpret_cast<int32_t*>(memory + tokens_), tokens_, width_ / kGroup};
+      over_tokens([&](int64_t first, int64_t last) { kernels_.quantize_tokens(x_, first, last, integers_); });
+    }
     if (plain_ && tokens_ > kFewTokens) {
       static thread_local Scratch scratch;
       interleaved_ = {scratch.of<float>(tokens_ * width_), tokens_, width_};
@@ -143,7 +158,9 @@ class Linear {
   }
 
   void multiply(const Product& product, int64_t first_panel, int64_t last_panel, int64_t first, int64_t last) const {
-    if (is_packed(product.format)) {
+    if (product.format == Format::kInteger) {
+      kernels_.integer_product(product, integers_, first_panel, last_panel, first, last);
+    } else if (is_packed(product.format)) {
       kernels_.packed_product(product, quantized_, first_panel, last_panel, first, last);
     } else if (tokens_ > kFewTokens) {
       static thread_local Scratch scratch;
@@ -171,20 +188,27 @@ class Linear {
   int64_t levels_;
   int count_ = 0;
   bool packed_ = false;
+  bool integer_ = false;
   bool plain_ = false;
   bool rounded_ = false;
   std::array<Product, kMostProducts> products_;
   Activations quantized_{};
+  IntegerActivations integers_{};
   FloatActivations interleaved_{};
   FloatActivations rounded_activations_{};
   const Kernels& kernels_ = fusedllm::kernels();
 };
 
-ffi::Error check_weight(int index, Format format, const ffi::AnyBuffer& weight, int64_t rows, int64_t width) {
+ffi::Error check_weight(int index, Format format, int64_t shared, const ffi::AnyBuffer& weight, int64_t rows,
+                        int64_t width) {
   const std::string name = "linear: weight " + std::to_string(index);
   if (is_packed(format)) {
-    const int64_t bytes = fusedllm_packed_bytes(static_cast<int32_t>(format), rows, width);
-    if (bytes < 0) return refuse(name + " is packed, so rows must be positive and columns a multiple of 32.");
+    const int64_t bytes = fusedllm_packed_bytes(static_cast<int32_t>(format), shared, rows, width);
+    if (bytes < 0) {
+      return refuse(name +
+                    " is packed, so rows must be positive, columns a multiple of 32, and as many of its groups share a "
+                    "scale as its format allows.");
+    }
     if (weight.element_type() != ffi::U8 || static_cast<int64_t>(weight.element_count()) != bytes) {
       return refuse(name + " must be " + std::to_string(bytes) + " bytes of uint8, as its format packs them.");
     }
@@ -202,14 +226,15 @@ ffi::Error check_weight(int index, Format format, const ffi::AnyBuffer& weight, 
 }
 
 ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets results,
-                  ffi::Span<const int32_t> formats, ffi::Span<const int64_t> rows, int32_t levels) try {
+                  ffi::Span<const int32_t> formats, ffi::Span<const int64_t> shared, ffi::Span<const int64_t> rows,
+                  int32_t levels) try {
   const auto dimensions = x.dimensions();
   if (x.element_type() != ffi::F32 || dimensions.size() != 2) return refuse("linear: x must be float32 [tokens, in].");
   const int64_t tokens = dimensions[0], width = dimensions[1];
   const size_t count = weights.size();
-  if (count == 0 || count > kMostProducts || formats.size() != count || rows.size() != count ||
-      results.size() != count) {
-    return refuse("linear: 1 to 8 weights are taken, each with a format, a number of rows, and a result.");
+  if (count == 0 || count > kMostProducts || formats.size() != count || shared.size() != count ||
+      rows.size() != count || results.size() != count) {
+    return refuse("linear: 1 to 8 weights are taken, each with a format, its groups a scale, rows, and a result.");
   }
   if (levels != 1 && levels != 2) return refuse("linear: activations have one or two levels of codes.");
   Linear work(x.typed_data<float>(), tokens, width, levels);
@@ -220,16 +245,18 @@ ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRe
     const int32_t number = formats.begin()[i];
     if (number < 0 || number >= kFormats) return refuse("linear: no format has the number " + std::to_string(number) + ".");
     const Format format = static_cast<Format>(number);
-    const int64_t height = rows.begin()[i];
+    const int64_t height = rows.begin()[i], groups = shared.begin()[i];
     if (height <= 0 || width <= 0) return refuse("linear: a matrix has rows and columns.");
     constexpr int64_t kMost = int64_t{1} << 30;  // Far above any model's; products of two of them don't overflow.
     if (height > kMost || width > kMost || tokens > kMost) return refuse("linear: sizes must be at most 2^30.");
-    if (ffi::Error error = check_weight(static_cast<int>(i), format, *weight, height, width); error.failure()) return error;
+    ffi::Error error = check_weight(static_cast<int>(i), format, groups, *weight, height, width);
+    if (error.failure()) return error;
     ffi::AnyBuffer out = **result;
     if (out.element_type() != ffi::F32 || static_cast<int64_t>(out.element_count()) != tokens * height) {
       return refuse("linear: result " + std::to_string(i) + " must be float32 [tokens, rows].");
     }
-    work.add({static_cast<const uint8_t*>(weight->untyped_data()), format, height, width, out.typed_data<float>()});
+    const auto* bytes = static_cast<const uint8_t*>(weight->untyped_data());
+    work.add({bytes, format, groups, height, width, out.typed_data<float>()});
   }
   if (tokens > 0) work.run();
   return ffi::Error::Success();
@@ -246,5 +273,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedllm_linear, fusedllm::linear,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<xla::ffi::Span<const int32_t>>("formats")
+                                  .Attr<xla::ffi::Span<const int64_t>>("shared")
                                   .Attr<xla::ffi::Span<const int64_t>>("rows")
                                   .Attr<int32_t>("levels"));

@@ -5,11 +5,16 @@
 
 template <Format kFormat>
 struct Layout {
-  static constexpr int kBits = kFormat == Format::kQ8 ? 8 : (kFormat < Format::kQ5 ? 4 : 5);
-  static constexpr bool kHasMinimums = kFormat == Format::kQ4Min || kFormat == Format::kQ5Min;
+  static constexpr int kBits =
+      kFormat == Format::kQ8 ? 8 : (kFormat == Format::kQ5 || kFormat == Format::kQ5Min ? 5 : 4);
+  static constexpr bool kHasZeros = kFormat == Format::kQ4Zero;
+  // A zero point is the minimum -scale * zero.
+  static constexpr bool kHasMinimums = kFormat == Format::kQ4Min || kFormat == Format::kQ5Min || kHasZeros;
   // What is subtracted from a code is eight shifted left by so much, unless the variant's products are of signed bytes;
   // -1 for nothing.
   static constexpr int kOffset = kHasMinimums || (kBits == 8 && kSignedBytes) ? -1 : kBits - 4;
+  // Of the scales, and minimums or zero points, of one or more groups.
+  static constexpr int kNumberBytes = kHasMinimums ? 4 * kPanelRows : 2 * kPanelRows;
   static constexpr int kGroupBytes = kBits == 8 ? 512 : (kBits == 5 ? 320 : 256);
 };
 
@@ -51,19 +56,24 @@ inline Ints corrected(Ints dot, int32_t correction) {
   }
 }
 
-template <Format kFormat, int kTokens, int kLevels>
-void panel_product(const uint8_t* panel, const Activations& x, int64_t token, float* out, int64_t stride, int rows) {
+// `numbers` is how many scales a row has, each for `shared` groups, where kShared; else there is one for each group.
+template <Format kFormat, int kTokens, int kLevels, bool kShared>
+void panel_product(const uint8_t* panel, const Activations& x, int64_t token, int64_t shared, int64_t numbers,
+                   float* out, int64_t stride, int rows) {
   using L = Layout<kFormat>;
   const int64_t groups = x.groups;
   const int8_t* codes = x.codes + token * groups * kGroup * kLevels;
   const float* x_scales = x.scales + token * groups;
   const float* x_sums = x.sums + token * groups;
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + groups * L::kGroupBytes);
-  const uint16_t* minimums = scales + groups * kPanelRows;
+  const uint16_t* minimums = scales + (kShared ? numbers : groups) * kPanelRows;
   const int32_t* x_corrections = x.corrections + token * groups;
   Floats totals[kTokens];
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) totals[t] = broadcast(x.starts[token + t]);
+  Scales scale = scales_of(zeros());
+  Floats minimum = zeros();
+  int64_t left = 0;  // groups until the next scale
   for (int64_t group = 0; group < groups; ++group) {
     Bytes weights[8];
     unpack_group<kFormat>(panel, weights);
@@ -72,13 +82,17 @@ void panel_product(const uint8_t* panel, const Activations& x, int64_t token, fl
       for (int line = 0; line < L::kGroupBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line, 0, 2);
     }
     panel += L::kGroupBytes;
-    const Scales scale = scales_of(load_half(scales));
-    scales += kPanelRows;
-    Floats minimum = zeros();
-    if constexpr (L::kHasMinimums) {
-      minimum = load_half(minimums);
-      minimums += kPanelRows;
+    if (!kShared || left == 0) {
+      scale = scales_of(load_half(scales));
+      scales += kPanelRows;
+      if constexpr (L::kHasMinimums) {
+        minimum = load_half(minimums);
+        minimums += kPanelRows;
+        if constexpr (L::kHasZeros) minimum = subtract(zeros(), multiply(scale.value, minimum));
+      }
+      left = shared;
     }
+    --left;
     constexpr int kCount = kTokens < kTogether ? kTokens : kTogether;
 #pragma GCC unroll 8
     for (int first = 0; first < kTokens; first += kCount) {
@@ -131,12 +145,14 @@ inline void prefetch_numbers(const uint8_t* numbers, int64_t bytes) {
   for (int64_t line = 0; line < (bytes < kMost ? bytes : kMost); line += 64) __builtin_prefetch(numbers + line, 0, 2);
 }
 
-template <Format kFormat, int kLevels>
+template <Format kFormat, int kLevels, bool kShared>
 void packed_product_of(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
                        int64_t first, int64_t last) {
-  const int64_t scales = Layout<kFormat>::kHasMinimums ? 4 * kPanelRows : 2 * kPanelRows;
-  const int64_t used = x.groups * (Layout<kFormat>::kGroupBytes + scales);
-  const int64_t panel_bytes = (used + 63) / 64 * 64;
+  const int64_t shared = product.shared;
+  const int64_t numbers = kShared ? (x.groups + shared - 1) / shared : x.groups;
+  const int64_t code_bytes = x.groups * Layout<kFormat>::kGroupBytes;
+  const int64_t number_bytes = numbers * Layout<kFormat>::kNumberBytes;
+  const int64_t panel_bytes = (code_bytes + number_bytes + 63) / 64 * 64;
   for (int64_t token = first; token < last;) {
     const int64_t count = token_block(x.tokens - token);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
@@ -144,16 +160,19 @@ void packed_product_of(const Product& product, const Activations& x, int64_t fir
       const int64_t row = panel * kPanelRows;
       const int rows = product.rows - row < kPanelRows ? static_cast<int>(product.rows - row) : kPanelRows;
       float* out = product.out + token * product.rows + row;
-      if (count <= 8) prefetch_numbers(weights + panel_bytes + x.groups * Layout<kFormat>::kGroupBytes, x.groups * scales);
+      if (count <= 8) prefetch_numbers(weights + panel_bytes + code_bytes, number_bytes);
+      const auto multiply = [&](auto panel_product) {
+        panel_product(weights, x, token, shared, numbers, out, product.rows, rows);
+      };
       switch (count) {
-        case 1: panel_product<kFormat, 1, kLevels>(weights, x, token, out, product.rows, rows); break;
-        case 2: panel_product<kFormat, 2, kLevels>(weights, x, token, out, product.rows, rows); break;
-        case 4: panel_product<kFormat, 4, kLevels>(weights, x, token, out, product.rows, rows); break;
+        case 1: multiply(panel_product<kFormat, 1, kLevels, kShared>); break;
+        case 2: multiply(panel_product<kFormat, 2, kLevels, kShared>); break;
+        case 4: multiply(panel_product<kFormat, 4, kLevels, kShared>); break;
         case 8:
-          if constexpr (kMostTokens >= 8) panel_product<kFormat, 8, kLevels>(weights, x, token, out, product.rows, rows);
+          if constexpr (kMostTokens >= 8) multiply(panel_product<kFormat, 8, kLevels, kShared>);
           break;
         default:
-          if constexpr (kMostTokens >= 16) panel_product<kFormat, 16, kLevels>(weights, x, token, out, product.rows, rows);
+          if constexpr (kMostTokens >= 16) multiply(panel_product<kFormat, 16, kLevels, kShared>);
       }
     }
     token += count;
@@ -164,12 +183,20 @@ template <int kLevels>
 void packed_product_in(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
                        int64_t first, int64_t last) {
   const auto multiply_all = [&](auto multiply) { multiply(product, x, first_panel, last_panel, first, last); };
+  if (product.shared > 1 || product.format == Format::kQ4Zero) {
+    switch (product.format) {
+      case Format::kQ4: return multiply_all(packed_product_of<Format::kQ4, kLevels, true>);
+      case Format::kQ8: return multiply_all(packed_product_of<Format::kQ8, kLevels, true>);
+      case Format::kQ4Zero: return multiply_all(packed_product_of<Format::kQ4Zero, kLevels, true>);
+      default: return;
+    }
+  }
   switch (product.format) {
-    case Format::kQ4: return multiply_all(packed_product_of<Format::kQ4, kLevels>);
-    case Format::kQ4Min: return multiply_all(packed_product_of<Format::kQ4Min, kLevels>);
-    case Format::kQ5: return multiply_all(packed_product_of<Format::kQ5, kLevels>);
-    case Format::kQ5Min: return multiply_all(packed_product_of<Format::kQ5Min, kLevels>);
-    case Format::kQ8: return multiply_all(packed_product_of<Format::kQ8, kLevels>);
+    case Format::kQ4: return multiply_all(packed_product_of<Format::kQ4, kLevels, false>);
+    case Format::kQ4Min: return multiply_all(packed_product_of<Format::kQ4Min, kLevels, false>);
+    case Format::kQ5: return multiply_all(packed_product_of<Format::kQ5, kLevels, false>);
+    case Format::kQ5Min: return multiply_all(packed_product_of<Format::kQ5Min, kLevels, false>);
+    case Format::kQ8: return multiply_all(packed_product_of<Format::kQ8, kLevels, false>);
     default: return;
   }
 }

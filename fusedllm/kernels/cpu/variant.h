@@ -12,22 +12,27 @@
 
 namespace fusedllm {
 
+// More columns of int8 codes would overflow a sum of int32.
+constexpr int64_t kMostIntegerColumns = 65536;
+
 // Weights are packed in panels of this many rows, and activations quantized in groups of this many elements.
 constexpr int kPanelRows = 16;
 constexpr int kGroup = 32;
 
-// How the weights of a matrix lie in memory. The first five are packed panels (`packing.h`), the others plain rows.
+// How the weights of a matrix lie in memory. Those before kBfloat16 are packed panels (`packing.h`), others plain rows.
 enum class Format : int32_t {
   kQ4 = 0,       // 4 bits, value = scale * (code - 8)
   kQ4Min = 1,    // 4 bits, value = scale * code + minimum
   kQ5 = 2,       // 5 bits, value = scale * (code - 16)
   kQ5Min = 3,    // 5 bits, value = scale * code + minimum
   kQ8 = 4,       // 8 bits, value = scale * (code - 128)
-  kBfloat16 = 5,
-  kFloat16 = 6,
-  kFloat32 = 7,
+  kQ4Zero = 5,   // 4 bits, value = scale * (code - zero)
+  kInteger = 6,  // as kQ8 with one scale a row; its products are sums of integers
+  kBfloat16 = 7,
+  kFloat16 = 8,
+  kFloat32 = 9,
 };
-constexpr int kFormats = 8;
+constexpr int kFormats = 10;
 
 inline bool is_packed(Format format) { return format < Format::kBfloat16; }
 
@@ -47,6 +52,16 @@ struct Activations {
   int64_t levels;  // 1 or 2
 };
 
+// Activations for products that are sums of integers: codes from -127 to 127, one scale a token, in the same blocks. In
+// a block of n tokens group g holds `codes[n][32]`; `corrections` are the sums of a token's codes times -128.
+struct IntegerActivations {
+  int8_t* codes;
+  float* scales;         // [tokens]; no number where one of the token's elements is infinite or none
+  int32_t* corrections;  // [tokens]
+  int64_t tokens;
+  int64_t groups;
+};
+
 // Plain activations in the same blocks, each element k of a block as `[k][n]`, or each pair of bfloat16 elements.
 struct FloatActivations {
   float* values;
@@ -58,6 +73,7 @@ struct FloatActivations {
 struct Product {
   const uint8_t* weight;
   Format format;
+  int64_t shared;  // groups of 32 columns that share a scale, of packed formats
   int64_t rows;
   int64_t width;
   float* out;
@@ -90,6 +106,10 @@ struct Kernels {
   // Panels [first_panel, last_panel) of a packed product for the tokens [first, last), which must be whole blocks.
   void (*packed_product)(const Product& product, const Activations& x, int64_t first_panel, int64_t last_panel,
                          int64_t first, int64_t last);
+  // Both for products of kInteger.
+  void (*quantize_tokens)(const float* x, int64_t first, int64_t last, const IntegerActivations& to);
+  void (*integer_product)(const Product& product, const IntegerActivations& x, int64_t first_panel, int64_t last_panel,
+                          int64_t first, int64_t last);
   // The same for plain rows. `scratch` holds `16 * width` floats.
   void (*float_product)(const Product& product, const FloatActivations& x, int64_t first_panel, int64_t last_panel,
                         int64_t first, int64_t last, float* scratch);
