@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from fusedllm.errors import ConfigError, ImplementationError
-from fusedllm.kernels import native
+from fusedllm.kernels import e4m3, native
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-KV_DTYPES = {**DTYPES, "int8": jnp.int8}
+KV_DTYPES = {**DTYPES, "int8": jnp.int8, "fp8": e4m3.DTYPE}
 
 
 def compute_dtype(name: str) -> Any:

@@ -67,8 +67,9 @@ def load(
         `fusedllm.quantize` made, or a `Checkpoint`.
       dtype: of weights and activations: `float32`, `bfloat16`, `float16`, or `auto`. That is bfloat16 on accelerators;
         on the CPU float32 activations, and the weights as they are in the file where the native kernels run.
-      kv_dtype: of the KV cache: `float32`, `bfloat16`, `float16`, `int8`, or `auto`: bfloat16 where `dtype` is `auto`,
-        otherwise that of the activations.
+      kv_dtype: of the KV cache: `float32`, `bfloat16`, `float16`, `int8` (with a scale for each position and head),
+        `fp8` (e4m3, half of bfloat16's bytes; int8 is some ten times closer to float32), or `auto`: bfloat16 where
+        `dtype` is `auto`, otherwise that of the activations.
       max_context: positions that one request may use; by default the model's own limit, at most 4,096.
       engine: all sizes at once, instead of `max_context`.
       keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from reference import tiny
 
+from fusedllm.backend import KV_DTYPES
 from fusedllm.cli.main import main
+from fusedllm.cli.options import add_model_arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +56,19 @@ def test_generate_prints_only_the_answer_on_standard_output(capfd, checkpoint):
     assert "first token" in captured.err
     assert "bytes a token" in captured.err
     assert "no confidentiality claim" in captured.err
+
+
+def test_the_cache_dtypes_of_the_terminal_are_those_of_the_library():
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    (choices,) = (action.choices for action in parser._actions if action.dest == "kv_dtype")
+    assert list(choices) == ["auto", *KV_DTYPES]
+
+
+def test_generate_runs_with_a_cache_of_fp8(capfd, checkpoint):
+    arguments = ["generate", "--ckpt", str(checkpoint), "--max-tokens", "3", "--ignore-eos", "--max-context", "64"]
+    assert main([*arguments, "--kv-dtype", "fp8"]) == 0
+    assert len(capfd.readouterr().out.split()) == 3
 
 
 def test_generate_streams_the_real_models_answer():

@@ -300,11 +300,16 @@ def test_a_compilation_after_warm_up_is_an_error_with_its_shape(tiny_llm):
     tiny_llm.logits(ids(9), chunk=5)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_the_cache_is_updated_in_place(batch):
+@pytest.mark.parametrize(
+    ("batch", "kv_dtype", "implementation"),
+    [(1, "float32", None), (4, "float32", None), (1, "int8", "xla"), (1, "float8_e4m3fn", "xla")],
+)
+def test_the_cache_is_updated_in_place(batch, kv_dtype, implementation):
     # So large that a copy of one layer's keys would be more than all other temporaries.
-    engine = dataclasses.replace(TINY_ENGINE, cache_tokens=2**15)
-    runner = LLM(TINY, random_params(TINY, "float32", seed=1), engine=engine).engine.runner
+    engine = dataclasses.replace(TINY_ENGINE, cache_tokens=2**17)
+    params = random_params(TINY, "float32", seed=1)
+    llm = LLM(TINY, params, engine=engine, kv_dtype=kv_dtype, implementation=implementation)
+    runner = llm.engine.runner
     analysis = runner.memory_analysis(batch)
     assert analysis.alias_size_in_bytes >= runner.cache_bytes
     assert analysis.temp_size_in_bytes < runner.cache_bytes / (2 * TINY.num_layers)

@@ -92,6 +92,11 @@ def test_other_numbers_of_activation_bits_are_refused(bits):
         fusedllm.load("smollm2-135m", activation_bits=bits)
 
 
+def test_a_cache_dtype_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match=r"kv_dtype must be auto, float32, .*, int8, fp8, got 'fp4'"):
+        fusedllm.load("smollm2-135m", kv_dtype="fp4", random_weights=True)
+
+
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_threads_are_those_that_the_process_may_use():

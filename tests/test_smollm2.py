@@ -86,14 +86,14 @@ def test_quantized_matrices_give_the_logits_of_the_dequantized_ones(smollm2: fus
 @pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 @pytest.mark.parametrize(
-    ("kv_dtype", "bits", "tolerance"), [("auto", 16, 0.001), ("int8", 16, 0.005), ("auto", 8, 0.005)]
+    ("kv_dtype", "bits", "tolerance"), [("auto", 16, 0.001), ("int8", 16, 0.005), ("fp8", 16, 0.02), ("auto", 8, 0.005)]
 )
 def test_the_quantized_model_on_native_kernels_is_as_good(kv_dtype: str, bits: int, tolerance: float) -> None:
     packed = fusedllm.load("smollm2-135m", kv_dtype=kv_dtype, activation_bits=bits)
     assert packed.load_report is not None
     assert packed.load_report.bytes < 1.01 * 98_362_432
     stored = STORED["perplexity"]
-    # What rounding the cache to 16 bits may cost; to 8, or activations to 8, half a percent.
+    # What rounding the cache to 16 bits may cost; to 8, or activations to 8, half a percent. fp8 was seen to cost 1 %.
     assert packed.perplexity(stored["ids"], window=stored["window"]) == pytest.approx(stored["value"], rel=tolerance)
 
 

@@ -22,7 +22,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     group.add_argument(
-        "--kv-dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "int8"], help="of the KV cache"
+        "--kv-dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "int8", "fp8"],
+        help="of the KV cache; of a byte a number, int8 (with scales) is ten times closer to float32 than fp8 (e4m3)",
     )
     group.add_argument(
         "--implementation", choices=["xla", "ffi"], help="of the kernels (default: the best; ffi is native, on the CPU)"

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusedllm.kernels.choose import choose
+from fusedllm.kernels.e4m3 import CODES, from_e4m3
 
 # Queries and keys are visited in blocks of so many positions, so that scores take no more than their product per head,
 # and keys in the future of a whole block of queries are not read. On a CPU 128 queries were 4 % faster than 256 in a
@@ -38,7 +39,7 @@ def paged_attention(
     combined block by block (online softmax, arXiv:1805.02867; FlashAttention, arXiv:2205.14135). Keys and values of
     the queries themselves must be in the pages already. Position `p` of a row lies in page `page_table[row, p //
     page_size]`. Heads are grouped: query head `h` reads kv head `h // (heads // kv_heads)` (arXiv:2305.13245). With
-    `scales`, of K and of V, what the pages hold is multiplied by its position's.
+    `scales`, of K and of V, what the pages hold is multiplied by its position's. Pages of uint8 hold codes of e4m3.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist.
@@ -95,7 +96,8 @@ def _query_block(
 
     def read(ids: jax.Array, of: int) -> jax.Array:
         """Keys or values of a block: [batch, pages, kv_heads, page_size, ...] -> [batch, kv_heads, block, ...]."""
-        numbers = pages[of][ids].swapaxes(1, 2).reshape(batch, kv_heads, block, head_dim).astype(wide)
+        held = pages[of][ids].swapaxes(1, 2).reshape(batch, kv_heads, block, head_dim)
+        numbers = from_e4m3(held, wide) if held.dtype == CODES else held.astype(wide)
         if scales is None:
             return numbers
         return numbers * scales[of][ids].swapaxes(1, 2).reshape(batch, kv_heads, block, 1).astype(wide)

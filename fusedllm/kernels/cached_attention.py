@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Int, Shaped
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.choose import choose
+from fusedllm.kernels.e4m3 import CODES, to_e4m3
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.write_pages import write_pages
 
 # K and V, and for int8 the scales of K and of V.
 Pages = tuple[jax.Array, ...]
 
-# What the native implementation reads and writes, beside int8 with its scales.
-NATIVE_DTYPES = ("bfloat16", "float16", "float32", "int8")
+# What the native implementation reads and writes: int8 with its scales, uint8 as codes of e4m3.
+NATIVE_DTYPES = ("bfloat16", "float16", "float32", "int8", "uint8")
 
 # The largest code of int8. -128 is left out, so that a number and its negative have the same magnitude.
 MOST = 127
@@ -41,8 +42,10 @@ def cached_attention(
     `q` and `k` are not rotated yet; `cos` and `sin` are those of positions `start, start + 1, ...`. `pages` is a
     layer's cache: K and V `[pages kv_heads page_size head_dim]`, and where they are int8 the scales of K and of V,
     float32 `[pages kv_heads page_size]`. Keys and values are rounded to the cache's dtype and attended to as they are
-    there. int8 is symmetric, with a scale for each position and head: its largest magnitude / 127. What
-    `paged_attention` says of positions, window and heads holds here, and what `write_pages` says of `start`.
+    there. int8 is symmetric, with a scale for each position and head: its largest magnitude / 127. uint8 are codes of
+    e4m3 (`to_e4m3` says how numbers become them), without a scale: a scale moves the exponent, and what is lost is
+    fraction. What `paged_attention` says of positions, window and heads holds here, and what `write_pages` says of
+    `start`.
 
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
     and refuses positions below zero and pages that the cache does not have when it runs.
@@ -78,6 +81,8 @@ def _cached_attention_xla(
     if len(pages) == 4:
         (k_codes, k_scales), (v_codes, v_scales) = map(_quantize, new)
         new = k_codes, v_codes, k_scales, v_scales
+    elif pages[0].dtype == CODES:
+        new = tuple(map(to_e4m3, new))
     pages = tuple(write_pages(old, values, page_table, start) for old, values in zip(pages, new, strict=True))
     k_pages, v_pages, *scales = pages
     mixed = paged_attention(

@@ -43,7 +43,8 @@ LIBRARY_VARIABLE = "FUSEDLLM_CPU_LIBRARY"
 # `Pool::kMostThreads`.
 MOST_THREADS = 256
 
-# Changes with every change of a handler's operands, in `cpu/isa.cc` too: a library of another age is not used.
+# Changes with every change of a handler's operands or of their dtypes, in `cpu/isa.cc` too: a library of another age is
+# not used.
 INTERFACE = 6
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fusedllm.config import ModelConfig
+from fusedllm.kernels import e4m3
 from fusedllm.kernels.write_pages import NULL_PAGE
 
 __all__ = ["NULL_PAGE", "KVCache", "cache_shape", "empty_cache"]
@@ -19,7 +20,8 @@ __all__ = ["NULL_PAGE", "KVCache", "cache_shape", "empty_cache"]
 class KVCache:
     """`k[layer]` and `v[layer]` are `[pages, kv_heads, page_size, head_dim]`.
 
-    A cache of int8 has float32 scales of both, `[pages, kv_heads, page_size]`; any other has none.
+    A cache of int8 has float32 scales of both, `[pages, kv_heads, page_size]`; any other has none. One of
+    float8_e4m3fn holds its numbers' codes as uint8.
     """
 
     k: tuple[jax.Array, ...]
@@ -43,12 +45,14 @@ def cache_shape(config: ModelConfig, pages: int, page_size: int) -> tuple[int, i
 
 
 def empty_cache(config: ModelConfig, pages: int, page_size: int, dtype: DTypeLike) -> KVCache:
-    """A cache of zeros, with scales if `dtype` is int8; page `NULL_PAGE` is one of `pages`."""
+    """A cache of zeros of `dtype`, with scales if that is int8; page `NULL_PAGE` is one of `pages`."""
     shape = cache_shape(config, pages, page_size)
 
     def layers(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
+    if jnp.dtype(dtype) == e4m3.DTYPE:
+        dtype = e4m3.CODES
     if jnp.dtype(dtype) != jnp.int8:
         return KVCache(k=layers(shape, dtype), v=layers(shape, dtype))
     scales = shape[:-1]

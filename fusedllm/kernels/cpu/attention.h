@@ -11,8 +11,9 @@ namespace fusedllm {
 // Writes of padding and of finished requests name this page; nobody reads it, so they are left out.
 constexpr int32_t kNullPage = 0;
 
-// How the cache keeps a number. Of int8 there is a scale for each position and head: value = scale * code.
-enum class CacheType : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3 };
+// How the cache keeps a number. Of int8 there is a scale for each position and head: value = scale * code. E4m3 is the
+// 8-bit floating point number of arXiv:2209.05433: a sign, four bits of exponent, three of fraction, no infinity.
+enum class CacheType : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kE4m3 = 4 };
 
 // Arrays lie as their axes say, the last one contiguous.
 struct Attention {

@@ -13,6 +13,10 @@ template <>
 struct Element<CacheType::kInt8> {
   using Type = int8_t;
 };
+template <>
+struct Element<CacheType::kE4m3> {
+  using Type = uint8_t;
+};
 
 // Sixteen numbers, or the first `count` and zeros; of int8 the codes.
 template <CacheType kType>
@@ -21,6 +25,7 @@ inline Floats load_cached(const typename Element<kType>::Type* p) {
   if constexpr (kType == CacheType::kFloat16) return load_half(p);
   if constexpr (kType == CacheType::kFloat32) return load(p);
   if constexpr (kType == CacheType::kInt8) return load_int8(p);
+  if constexpr (kType == CacheType::kE4m3) return load_e4m3(p);
 }
 template <CacheType kType>
 inline Floats load_cached_first(const typename Element<kType>::Type* p, int count) {
@@ -113,6 +118,7 @@ inline void store_cached(const float* x, int64_t width, int64_t row, void* pages
     if constexpr (kType == CacheType::kBfloat16) store_bfloat16(p, load(from));
     if constexpr (kType == CacheType::kFloat16) store_half(p, load(from));
     if constexpr (kType == CacheType::kFloat32) store(p, load(from));
+    if constexpr (kType == CacheType::kE4m3) store_e4m3(p, load(from));
     if constexpr (kType == CacheType::kInt8) {
       store_int8(p, minimum(broadcast(127.0f), maximum(broadcast(-127.0f), multiply(load(from), inverse))));
     }
@@ -152,5 +158,6 @@ void write_cache(const Attention& a, int64_t first, int64_t last, float* scratch
     case CacheType::kFloat16: return write_cache_as<CacheType::kFloat16>(a, first, last, scratch);
     case CacheType::kFloat32: return write_cache_as<CacheType::kFloat32>(a, first, last, scratch);
     case CacheType::kInt8: return write_cache_as<CacheType::kInt8>(a, first, last, scratch);
+    case CacheType::kE4m3: return write_cache_as<CacheType::kE4m3>(a, first, last, scratch);
   }
 }

@@ -26,7 +26,14 @@ constexpr int64_t kMostRowFloats = 24576;
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_bytes(CacheType type) {
-  return type == CacheType::kFloat32 ? 4 : (type == CacheType::kInt8 ? 1 : 2);
+  switch (type) {
+    case CacheType::kFloat32: return 4;
+    case CacheType::kBfloat16:
+    case CacheType::kFloat16: return 2;
+    case CacheType::kInt8:
+    case CacheType::kE4m3: break;
+  }
+  return 1;
 }
 
 void write(const Attention& a) {
@@ -220,7 +227,8 @@ ffi::Error take_pages(ffi::RemainingArgs arguments, ffi::RemainingRets results, 
         case ffi::F16: a.type = CacheType::kFloat16; break;
         case ffi::F32: a.type = CacheType::kFloat32; break;
         case ffi::S8: a.type = CacheType::kInt8; break;
-        default: return refuse("attention: the cache must be bfloat16, float16, float32 or int8.");
+        case ffi::U8: a.type = CacheType::kE4m3; break;
+        default: return refuse("attention: the cache must be bfloat16, float16, float32, int8, or uint8 for e4m3.");
       }
       if ((a.type == CacheType::kInt8) != (count == 4)) {
         return refuse("attention: a cache of int8, and no other, has scales.");

@@ -285,6 +285,7 @@ void lone_attention(const Attention& a, const KeyChunk& chunk, float* scratch) {
     case CacheType::kFloat16: return lone_attention_as<CacheType::kFloat16>(a, chunk, scratch);
     case CacheType::kFloat32: return lone_attention_as<CacheType::kFloat32>(a, chunk, scratch);
     case CacheType::kInt8: return lone_attention_as<CacheType::kInt8>(a, chunk, scratch);
+    case CacheType::kE4m3: return lone_attention_as<CacheType::kE4m3>(a, chunk, scratch);
   }
 }
 

@@ -312,5 +312,6 @@ void prefill_attention(const Attention& a, const QueryBlock& item, float* scratc
     case CacheType::kFloat16: return prefill_attention_as<CacheType::kFloat16>(a, item, scratch);
     case CacheType::kFloat32: return prefill_attention_as<CacheType::kFloat32>(a, item, scratch);
     case CacheType::kInt8: return prefill_attention_as<CacheType::kInt8>(a, item, scratch);
+    case CacheType::kE4m3: return prefill_attention_as<CacheType::kE4m3>(a, item, scratch);
   }
 }

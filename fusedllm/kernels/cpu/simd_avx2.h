@@ -101,6 +101,39 @@ inline Floats load_int8(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
+// As in simd_avx512.h: by way of binary16, so that no subnormal float32 is met.
+inline Floats load_e4m3(const uint8_t* p) {
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i moved = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  const __m256i next = _mm256_add_epi16(moved, _mm256_set1_epi16(0x80));
+  const __m256i halves = _mm256_or_si256(moved, _mm256_and_si256(next, _mm256_set1_epi16(0x4000)));
+  const __m256 power = _mm256_set1_ps(256.0f);
+  return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), power),
+          _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), power)};
+}
+inline __m256i codes_of_e4m3(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i most = _mm256_set1_epi32(0x43e00000), least_normal = _mm256_set1_epi32(0x3c800000);
+  const __m256i magnitude = _mm256_min_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), most);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(magnitude, 20), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(magnitude, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff)));
+  const __m256i normal = _mm256_sub_epi32(_mm256_srli_epi32(rounded, 20), _mm256_set1_epi32(120 << 3));
+  // Adding 2^14 leaves in the last bits as many units of 2^-9 as there are, rounded.
+  const __m256 unit = _mm256_set1_ps(16384.0f);
+  const __m256i sum = _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(magnitude), unit));
+  const __m256i small = _mm256_sub_epi32(sum, _mm256_castps_si256(unit));
+  __m256i codes = _mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(least_normal, magnitude));
+  const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  codes = _mm256_blendv_epi8(codes, _mm256_set1_epi32(0x7f), _mm256_castps_si256(is_nan));
+  return _mm256_or_si256(codes, _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80)));
+}
+// Saturated to +-448, then rounded to the nearest, ties to even; what is no number stays none.
+inline void store_e4m3(uint8_t* p, Floats x) {
+  const __m256i mixed = _mm256_packus_epi32(codes_of_e4m3(x.low), codes_of_e4m3(x.high));
+  const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }

@@ -81,6 +81,33 @@ inline Floats load_int8(const int8_t* p) {
 inline void store_int8(int8_t* p, Floats x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+// Sixteen codes of e4m3 as floats. Moved by seven bits a code is a binary16 2^-8 as large, and the one that is no
+// number is none there either once the highest bit of the exponent is set, into which adding one to the code carries.
+// By way of float32 the small ones would be subnormal, which XLA has told its threads' processors to take as zero.
+inline Floats load_e4m3(const uint8_t* p) {
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i moved = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  const __m256i next = _mm256_add_epi16(moved, _mm256_set1_epi16(0x80));
+  const __m256i carry = _mm256_and_si256(next, _mm256_set1_epi16(0x4000));
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(moved, carry)), _mm512_set1_ps(256.0f));
+}
+// Saturated to +-448, then rounded to the nearest, ties to even; what is no number stays none.
+inline void store_e4m3(uint8_t* p, Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i most = _mm512_set1_epi32(0x43e00000), least_normal = _mm512_set1_epi32(0x3c800000);
+  const __m512i magnitude = _mm512_min_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)), most);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(magnitude, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff)));
+  __m512i codes = _mm512_sub_epi32(_mm512_srli_epi32(rounded, 20), _mm512_set1_epi32(120 << 3));
+  // Adding 2^14 leaves in the last bits as many units of 2^-9 as there are, rounded.
+  const Floats unit = _mm512_set1_ps(16384.0f);
+  const __m512i units = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(magnitude), unit));
+  codes = _mm512_mask_sub_epi32(codes, _mm512_cmplt_epi32_mask(magnitude, least_normal), units,
+                                _mm512_castps_si512(unit));
+  codes = _mm512_mask_mov_epi32(codes, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7f));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_or_si512(codes, sign)));
+}
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

@@ -67,6 +67,28 @@ inline uint16_t to_half(float x) {
   return static_cast<uint16_t>(sign | ((rounded >> 13) - (112 << 10)));
 }
 
+inline float from_e4m3(uint8_t code) {
+  const uint32_t sign = static_cast<uint32_t>(code & 0x80) << 24, magnitude = code & 0x7f;
+  // Units of 2^-9 below the least normal number; beyond, exponent and fraction stand as in a float but for the bias.
+  const float small = static_cast<float>(magnitude) * 0.001953125f;
+  const uint32_t bits = magnitude < 8 ? bits_of(small) : (magnitude << 20) + (120u << 23);
+  return float_of(sign | (magnitude == 0x7f ? 0x7fc00000u : bits));
+}
+
+// Saturated to +-448, then rounded to the nearest, ties to even; what is no number stays none.
+inline uint8_t to_e4m3(float x) {
+  const uint32_t bits = bits_of(x), sign = (bits >> 24) & 0x80, most = 0x43e00000;
+  uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint8_t>(sign | 0x7f);
+  magnitude = magnitude < most ? magnitude : most;
+  if (magnitude < 0x3c800000) {
+    // Below 2^-6. Adding 2^14 leaves in the last bits as many units of 2^-9 as there are, rounded.
+    return static_cast<uint8_t>(sign | (bits_of(float_of(magnitude) + 16384.0f) - bits_of(16384.0f)));
+  }
+  const uint32_t rounded = magnitude + 0x7ffff + ((magnitude >> 20) & 1);
+  return static_cast<uint8_t>(sign | ((rounded >> 20) - (120 << 3)));
+}
+
 inline Floats load(const float* p) { return each([p](int i) { return p[i]; }); }
 inline void store(float* p, Floats x) {
   for (int i = 0; i < 16; ++i) p[i] = x.lane[i];
@@ -106,6 +128,10 @@ inline void store_bfloat16(uint16_t* p, Floats x) {
 }
 inline void store_half(uint16_t* p, Floats x) {
   for (int i = 0; i < 16; ++i) p[i] = to_half(x.lane[i]);
+}
+inline Floats load_e4m3(const uint8_t* p) { return each([p](int i) { return from_e4m3(p[i]); }); }
+inline void store_e4m3(uint8_t* p, Floats x) {
+  for (int i = 0; i < 16; ++i) p[i] = to_e4m3(x.lane[i]);
 }
 inline Floats load_int8(const int8_t* p) { return each([p](int i) { return static_cast<float>(p[i]); }); }
 inline Floats round_even(Floats x) {
