@@ -50,11 +50,38 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+class Quality:
+    """Perplexity of one side; its mean KL divergence from the reference, and how often both would say the same."""
+
+    def __init__(self) -> None:
+        self._likelihoods: list[np.ndarray] = []
+        self._losses: list[np.ndarray] = []
+        self._divergences: list[np.ndarray] = []
+        self._agreements: list[np.ndarray] = []
+
+    def add(self, ids: list[int], reference: np.ndarray, found: np.ndarray) -> None:
+        """Takes a window's tokens, and both sides' log-probabilities after each but the last, `[seq - 1, vocab]`."""
+        here = np.arange(len(ids) - 1), ids[1:]
+        self._likelihoods.append(found[here])
+        self._losses.append(reference[here] - found[here])
+        self._divergences.append((np.exp(reference) * (reference - found)).sum(-1))
+        self._agreements.append(reference.argmax(-1) == found.argmax(-1))
+
+    def result(self) -> dict[str, float]:
+        """The figures. `loss_error` is the standard error of the logarithm of the perplexity less the reference's."""
+        losses, divergences = np.concatenate(self._losses), np.concatenate(self._divergences)
+        return {
+            "perplexity": float(np.exp(-np.concatenate(self._likelihoods).mean())),
+            "loss_error": float(losses.std() / np.sqrt(losses.size)),
+            "kl_divergence": float(divergences.mean()),
+            "kl_divergence_99": float(np.quantile(divergences, 0.99)),
+            "same_top_token": float(np.concatenate(self._agreements).mean()),
+        }
+
+
 def measure(workers: dict[str, Worker], ids: list[int], window: int) -> dict[str, dict[str, float]]:
-    """Perplexity of each side; its mean KL divergence from the reference, and how often both would say the same."""
-    likelihoods: dict[str, list[np.ndarray]] = {side: [] for side in workers}
-    divergences: dict[str, list[np.ndarray]] = {side: [] for side in workers}
-    agreements: dict[str, list[np.ndarray]] = {side: [] for side in workers}
+    """The figures of each side."""
+    qualities = {side: Quality() for side in workers}
     with tempfile.TemporaryDirectory() as directory:
         for start in range(0, len(ids), window):
             part = ids[start : start + window]
@@ -65,19 +92,9 @@ def measure(workers: dict[str, Worker], ids: list[int], window: int) -> dict[str
                 # The last token's successor is not in the window.
                 found = log_softmax(np.load(path)[:-1])
                 reference = found if side == "reference" else reference
-                likelihoods[side].append(found[np.arange(len(part) - 1), part[1:]])
-                divergences[side].append((np.exp(reference) * (reference - found)).sum(-1))
-                agreements[side].append(reference.argmax(-1) == found.argmax(-1))
+                qualities[side].add(part, reference, found)
             print(f"window {start // window + 1} of {-(-len(ids) // window)}", file=sys.stderr)
-    return {
-        side: {
-            "perplexity": float(np.exp(-np.concatenate(likelihoods[side]).mean())),
-            "kl_divergence": float(np.concatenate(divergences[side]).mean()),
-            "kl_divergence_99": float(np.quantile(np.concatenate(divergences[side]), 0.99)),
-            "same_top_token": float(np.concatenate(agreements[side]).mean()),
-        }
-        for side in workers
-    }
+    return {side: quality.result() for side, quality in qualities.items()}
 
 
 def report(result: dict[str, dict[str, float]]) -> str:
