@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 
 from fusedllm.errors import ImplementationError
-from fusedllm.kernels import native
+from fusedllm.kernels import native, pallas_support
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -29,9 +29,7 @@ def choose(operation: str, implementations: Mapping[str, Function], implementati
     backend = jax.default_backend()
     if implementation is None:
         preferred = PREFERENCE.get(backend, ("xla",))
-        implementation = next(
-            name for name in preferred if name in implementations and (name != "ffi" or native.available())
-        )
+        implementation = next(name for name in preferred if name in implementations and _runs(name, backend))
     if implementation not in implementations:
         raise ImplementationError(
             f"{operation} has no implementation {implementation!r}; it has: {', '.join(sorted(implementations))}."
@@ -41,4 +39,12 @@ def choose(operation: str, implementations: Mapping[str, Function], implementati
             raise ImplementationError(f"{operation}: the implementation 'ffi' runs on the CPU, jax runs on: {backend}.")
         if problem := native.why_unavailable():
             raise ImplementationError(f"{operation}: the implementation 'ffi' can't run: {problem}.")
+    if implementation == "pallas" and (problem := pallas_support.why_not_on(backend)):
+        raise ImplementationError(f"{operation}: the implementation 'pallas' can't run: {problem}.")
     return implementations[implementation]
+
+
+def _runs(implementation: str, backend: str) -> bool:
+    if implementation == "ffi":
+        return native.available()
+    return implementation != "pallas" or pallas_support.why_not_on(backend) is None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fusedllm.errors import ImplementationError
 from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.grouped import grouped_scheme
+from fusedllm.kernels.pallas_support import interprets, why_not_codes
 from fusedllm.qarray import QuantArray
 
 
@@ -19,11 +22,28 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
     """The values of `array`, whose scheme is a `GroupedScheme`, decoded in float32 and then rounded to `dtype`.
 
     Raises:
-      ImplementationError: `implementation` names one that does not exist or can't run here.
+      ImplementationError: `implementation` names one that does not exist, can't run here, or can't read the scheme.
     """
-    return choose("dequantize", {"xla": _dequantize_xla, "ffi": _dequantize_ffi}, implementation)(
-        array, np.dtype(dtype)
-    )
+    scheme = grouped_scheme(array)
+    if problem := "no grouped codes" if scheme is None else why_not_codes(scheme):
+        if implementation == "pallas":
+            raise ImplementationError(
+                f"dequantize: the implementation 'pallas' can't read {array.scheme.name}: {problem}."
+            )
+        if jax.default_backend() == "gpu":
+            implementation = implementation or "xla"
+    implementations: dict[str, Callable[..., jax.Array]] = {
+        "xla": _dequantize_xla,
+        "ffi": _dequantize_ffi,
+        "pallas": _dequantize_pallas,
+    }
+    return choose("dequantize", implementations, implementation)(array, np.dtype(dtype))
+
+
+def _dequantize_pallas(array: QuantArray, dtype: np.dtype) -> jax.Array:
+    from fusedllm.kernels.dequantize_pallas import dequantize_pallas  # Imports Pallas: see `pallas_support`.
+
+    return dequantize_pallas(array, dtype, interprets())
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
-from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, unpack
+from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
+from fusedllm.kernels.pallas_support import interprets, why_not_codes
+from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 
 # Up to here the rows go to the right-hand side on the CPU: `W @ x.T` reads W along its rows at twice to four times the
@@ -20,9 +24,6 @@ FEW_ROWS = 32
 
 # Of one native call.
 MOST_WEIGHTS = 8
-
-# Of sums of integers: a token whose magnitudes are all smaller counts as zeros, so that no step on the way is denormal.
-SMALLEST_TOKEN = 2.0**-88
 
 
 def linear(
@@ -36,9 +37,10 @@ def linear(
 
     With packed weights the native implementation (`"ffi"`) rounds the activations to eight bits in groups of 32, or if
     `precise` to sixteen; the sums of products inside a group are exact then. For bfloat16 weights it rounds them to
-    bfloat16 where the processor multiplies those and `precise` is not asked for. All other products take the
-    activations as they are. A weight of a kind that the native implementation does not read is left to XLA where
-    nothing was asked for.
+    bfloat16 where the processor multiplies those and `precise` is not asked for. A scheme whose `activation_bits` are
+    eight rounds them to eight bits, one scale a token, everywhere. All other products take the activations as they are.
+    A weight of a kind that an implementation does not read is left to XLA where nothing was asked for; `"pallas"` reads
+    grouped codes.
 
     A weight whose scheme has activations of eight bits (`w8a8`) is multiplied in integers, whatever `precise` says, and
     with the same bits by every implementation. For each token, in float32:
@@ -56,7 +58,8 @@ def linear(
         of eight bits, and it is not int8 with one scale a row or has more than 65,536 columns.
     """
     _check_shapes(x, weights)
-    return choose("linear", {"xla": _linear_xla, "ffi": _linear_ffi}, implementation)(
+    implementations = {"xla": _linear_xla, "ffi": _linear_ffi, "pallas": _linear_pallas}
+    return choose("linear", implementations, implementation)(
         x, weights, out_dtype or x.dtype, precise, implementation is not None
     )
 
@@ -110,21 +113,38 @@ def _integer_product(x: jax.Array, weight: QuantArray) -> jax.Array:
     else:
         assert weight.scales is not None
         matrix, scales = unpack(jnp, weight.values, 8), weight.scales[:, 0].astype(jnp.float32)
-    codes, token_scales = _round_tokens(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    codes, token_scales = round_activations(x.reshape(-1, x.shape[-1]))
     sums = jnp.dot(codes, matrix.T, preferred_element_type=jnp.int32).astype(jnp.float32)
-    return (sums * token_scales[:, None] * scales).reshape(*x.shape[:-1], matrix.shape[0])
+    return (sums * token_scales * scales).reshape(*x.shape[:-1], matrix.shape[0])
 
 
-def _round_tokens(x: Float[Array, "rows in"]) -> tuple[Int8[Array, "rows in"], Float[Array, " rows"]]:
-    """Codes of each row of float32 `x`, and its scale."""
-    magnitude = jnp.abs(x).max(axis=-1)
-    finite = jnp.isfinite(magnitude)
-    coded = finite & (magnitude >= np.float32(SMALLEST_TOKEN))
-    # Not divided by 127: XLA would multiply with the inverse or not, as it sees fit, and that is another rounding.
-    scale = jnp.where(coded, magnitude * np.float32(1 / 127), jnp.where(finite, 0, jnp.nan))
-    inverse = jnp.where(coded, np.float32(127) / magnitude, 0)
-    codes = jnp.where(coded[:, None], jnp.round(x * inverse[:, None]), 0)
-    return codes.astype(jnp.int8), scale
+def _linear_pallas(
+    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
+) -> tuple[jax.Array, ...]:
+    del precise
+    problems = [_why_not_pallas(x, weight) for weight in weights]
+    if strict and (problem := next(filter(None, problems), None)):
+        raise ImplementationError(f"linear: the implementation 'pallas' can't run: {problem}.")
+    return tuple(
+        _product_xla(x, weight, out_dtype) if problem else _product_pallas(x, weight, out_dtype)
+        for weight, problem in zip(weights, problems, strict=True)
+    )
+
+
+def _why_not_pallas(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
+    scheme = grouped_scheme(weight)
+    if scheme is None:
+        return f"it multiplies with grouped codes, got {_kind(weight)}"
+    if x.dtype.name not in PLAIN_NUMBERS:
+        return f"it takes activations in {', '.join(PLAIN_NUMBERS)}, got {x.dtype}"
+    return why_not_codes(scheme)
+
+
+def _product_pallas(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Array:
+    from fusedllm.kernels.linear_pallas import product_pallas  # Imports Pallas: see `pallas_support`.
+
+    product = product_pallas(x.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
+    return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_ffi(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int8
 
+from fusedllm.errors import ImplementationError
 from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme, pack
+from fusedllm.kernels.pallas_support import interprets, why_not_codes
 from fusedllm.qarray import QuantArray
+
+# A token whose magnitudes are all smaller counts as zeros, so that no step on the way to its codes is denormal.
+SMALLEST_TOKEN = 2.0**-88
 
 # The least positive float16: no scale of a group that is not all zeros is smaller.
 SMALLEST_SCALE = 2.0**-24
@@ -34,11 +40,25 @@ def quantize(
     What is infinite or no number has no code: the caller looks.
 
     Raises:
-      ImplementationError: `implementation` names one that does not exist or can't run here.
+      ImplementationError: `implementation` names one that does not exist, can't run here, or can't write the scheme.
     """
-    return choose("quantize", {"xla": _quantize_xla, "ffi": _quantize_ffi}, implementation)(
-        weights, scheme, np.dtype(scale_dtype)
-    )
+    if problem := why_not_codes(scheme):
+        if implementation == "pallas":
+            raise ImplementationError(f"quantize: the implementation 'pallas' can't write {scheme.name}: {problem}.")
+        if jax.default_backend() == "gpu":
+            implementation = implementation or "xla"
+    implementations: dict[str, Callable[..., QuantArray]] = {
+        "xla": _quantize_xla,
+        "ffi": _quantize_ffi,
+        "pallas": _quantize_pallas,
+    }
+    return choose("quantize", implementations, implementation)(weights, scheme, np.dtype(scale_dtype))
+
+
+def _quantize_pallas(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype) -> QuantArray:
+    from fusedllm.kernels.quantize_pallas import quantize_pallas  # Imports Pallas: see `pallas_support`.
+
+    return quantize_pallas(weights, scheme, scale_dtype, interprets())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -89,12 +109,31 @@ def largest_code(scheme: GroupedScheme) -> float:
     return 127.0 if scheme.signed else scheme.center - 0.5
 
 
-def round_up(positive: jax.Array, dtype: np.dtype) -> jax.Array:
-    """The least number of `dtype`, float16 or float32, that is not below `positive`; at least 2 ** -24 unless zero."""
+def round_up(
+    positive: jax.Array, dtype: np.dtype, keep: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
+) -> jax.Array:
+    """The least number of `dtype`, float16 or float32, that is not below `positive`; at least 2 ** -24 unless zero.
+
+    `keep` returns its argument, and keeps the compiler from seeing through: XLA's for GPUs takes what was rounded to
+    float16 and widened again for the number itself.
+    """
     positive = jnp.where(positive > 0, jnp.maximum(positive, SMALLEST_SCALE), 0)
     if dtype == np.float32:
         return positive
-    nearest = positive.astype(jnp.float16)
+    nearest = keep(positive.astype(jnp.float16))
     bits = jax.lax.bitcast_convert_type(nearest, jnp.uint16)
     above = jax.lax.bitcast_convert_type(bits + np.uint16(1), jnp.float16)
     return jnp.where(nearest.astype(jnp.float32) < positive, above, nearest)
+
+
+def round_activations(x: Float[Array, "tokens in"]) -> tuple[Int8[Array, "tokens in"], Float32[Array, "tokens 1"]]:
+    """`x` as codes from -127 to 127 and the scale of each token, its largest magnitude over 127; see `linear`."""
+    wide = x.astype(jnp.float32)
+    magnitude = jnp.abs(wide).max(axis=-1, keepdims=True)
+    finite = jnp.isfinite(magnitude)
+    coded = finite & (magnitude >= np.float32(SMALLEST_TOKEN))
+    # Not divided by 127: XLA would multiply with the inverse or not, as it sees fit, and that is another rounding.
+    scale = jnp.where(coded, magnitude * np.float32(1 / 127), jnp.where(finite, 0, jnp.nan))
+    inverse = jnp.where(coded, np.float32(127) / magnitude, 0)
+    codes = jnp.where(coded, jnp.round(wide * inverse), 0)
+    return codes.astype(jnp.int8), scale

@@ -1,0 +1,355 @@
+"""Pallas kernels of grouped codes: interpreted against XLA on the CPU, lowered for GPUs, and run on one where it is."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedllm.errors import ImplementationError
+from fusedllm.kernels import pallas_support
+from fusedllm.kernels.choose import choose
+from fusedllm.kernels.dequantize import dequantize
+from fusedllm.kernels.dequantize_pallas import dequantize_pallas
+from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.linear import linear
+from fusedllm.kernels.linear_pallas import BLOCKS, Plan, product_pallas
+from fusedllm.kernels.pallas_support import interpreting
+from fusedllm.kernels.pallas_tiles import from_float8, round_to_even, to_float8
+from fusedllm.kernels.quantize import quantize, round_activations
+from fusedllm.kernels.quantize_pallas import quantize_pallas
+from fusedllm.qarray import QuantArray
+from fusedllm.quant.schemes import SCHEMES
+
+# jax says so from 0.11 on, whatever the kernel.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+ALL = tuple(SCHEMES.values())
+# Schemes that are not in the table, but in the layout.
+OTHERS = (
+    GroupedScheme("int4", 4),
+    GroupedScheme("int6-g32", 6, 32, symmetric=False),
+    GroupedScheme("int8-g64-asym", 8, 64, symmetric=False),
+    GroupedScheme("int3-g512", 3, 512),
+    GroupedScheme("fp8-g32", 8, 32, codes="float8"),
+)
+# One of each way to multiply; tables, shapes and dtypes that differ in nothing else are left to a GPU.
+MULTIPLIED = (
+    *(SCHEMES[name] for name in ("int8", "int4-g64", "int3-g128-sym", "w8a8", "int8-g32", "int4-g32-sym")),
+    *(SCHEMES[name] for name in ("fp8", "int3-g64", "int4-g128")),
+    *OTHERS,
+)
+DTYPES = ("float32", "bfloat16", "float16")
+# Rows and columns that are multiples of no block, and some that are.
+SHAPES = ((37, 200), (1, 1030), (130, 66), (64, 256))
+TOKENS = (1, 5, 20, 70)
+
+# Half of the last bit's step of a number.
+HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+
+
+def turn(choices, number):
+    """Every choice in turn, so that neighbours in a list of cases differ."""
+    return choices[number % len(choices)]
+
+
+def matrix(shape, dtype, seed):
+    """Weights with rows of zeros, of one sign, of large and of small magnitudes, and groups of zeros."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(shape)
+    rows = np.arange(shape[0]) % 12
+    values[rows == 3] = 0
+    values[rows == 5, : shape[1] // 2] = 0
+    values[rows == 7] *= 1e-6
+    values[rows == 9] *= 1e3
+    values[rows == 11] = np.abs(values[rows == 11])
+    return jnp.asarray(values, dtype)
+
+
+def random_codes(scheme, shape, seed, scale_dtype="float16"):
+    """Any bytes, as a quantizer need not make them, with scales of both signs and zero points between codes."""
+    rng = np.random.default_rng(seed)
+    rows, width = shape
+    values = rng.integers(0, 256, (rows, scheme.row_bytes(width))).astype(np.uint8)
+    if scheme.codes == "float8":
+        values[values & 127 == 127] = 1
+    grid = (rows, scheme.groups(width))
+    scales = (rng.uniform(0.5, 1, grid) * rng.choice([-0.01, 0.01], grid)).astype(scale_dtype)
+    zeros = None if scheme.symmetric else jnp.asarray(rng.uniform(0, scheme.highest, grid).astype(scale_dtype))
+    return QuantArray(jnp.asarray(values), jnp.asarray(scales), zeros, scheme, shape)
+
+
+def assert_same_bits(found, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b)), found, wanted)
+
+
+def raw(array):
+    array = np.asarray(array)
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def names(schemes):
+    return [scheme.name for scheme in schemes]
+
+
+def check_quantize(scheme, number):
+    weights = matrix(turn(SHAPES, number), turn(DTYPES, number), number)
+    scale_dtype = turn((jnp.float16, jnp.float32), number // 2)
+    wanted = quantize(weights, scheme, scale_dtype=scale_dtype, implementation="xla")
+    assert_same_bits(quantize(weights, scheme, scale_dtype=scale_dtype, implementation="pallas"), wanted)
+
+
+def check_dequantize(scheme, number):
+    array = random_codes(scheme, turn(SHAPES, number), number, turn(("float16", "float32"), number))
+    dtype = turn(DTYPES, number)
+    assert_same_bits(dequantize(array, dtype, implementation="pallas"), dequantize(array, dtype, implementation="xla"))
+
+
+def check_product(scheme, number, tokens=None, dtype=None):
+    shape = turn(((70, 1111), (130, 96), (64, 512), (3, 40)), number)
+    tokens, dtype = tokens or turn(TOKENS, number), dtype or turn(DTYPES, number // 2)
+    weight = random_codes(scheme, shape, number)
+    x = np.random.default_rng(number).standard_normal((tokens, shape[1])).astype(jnp.dtype(dtype))
+    found, beside = (
+        # One program each, which compiles sooner than an operation after the other.
+        jax.jit(lambda x, weight, how=how: linear(x, weight, out_dtype=jnp.float32, implementation=how)[0])(x, weight)
+        for how in ("pallas", "xla")
+    )
+    activations, decoded = np.asarray(x, np.float64), np.asarray(dequantize(weight, implementation="xla"), np.float64)
+    magnitudes = np.abs(activations) @ np.abs(decoded).T
+    # float32 sums round as often as there are columns, in random directions.
+    slack = 2 * np.sqrt(shape[1]) * HALF_STEP["float32"] * magnitudes
+    if scheme.sums_integers:
+        # The same integers on both sides.
+        assert (np.abs(found - beside) <= slack).all()
+        return
+    step = HALF_STEP[dtype]
+    if not scheme.symmetric:
+        # A code less a zero point between codes is rounded, as in XLA's product the weight is; of float32 to 16 bits.
+        slack = slack + max(step if dtype != "float32" else 0, 2.0**-15) * magnitudes
+    assert (np.abs(found - activations @ decoded.T) <= slack).all()
+    # XLA rounds scaled weights to the dtype of the activations; in float16 they may lose more below 2 ** -14.
+    lost = step * magnitudes + 2.0**-25 * np.abs(activations).sum(1, keepdims=True)
+    assert (np.abs(found - beside) <= slack + lost).all()
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=names(ALL))
+def test_pallas_quantizes_to_the_same_bits_as_xla(scheme):
+    with interpreting():
+        check_quantize(scheme, ALL.index(scheme))
+
+
+@pytest.mark.parametrize("scheme", ALL + OTHERS, ids=names(ALL + OTHERS))
+def test_pallas_dequantizes_to_the_same_bits_as_xla(scheme):
+    with interpreting():
+        check_dequantize(scheme, (ALL + OTHERS).index(scheme))
+
+
+@pytest.mark.parametrize("scheme", OTHERS, ids=names(OTHERS))
+def test_schemes_outside_of_the_table_are_quantized_too(scheme):
+    with interpreting():
+        check_quantize(scheme, OTHERS.index(scheme))
+
+
+@pytest.mark.parametrize("scheme", MULTIPLIED, ids=names(MULTIPLIED))
+def test_products_are_those_of_the_decoded_weights(scheme):
+    with interpreting():
+        check_product(scheme, MULTIPLIED.index(scheme))
+
+
+def test_the_cases_use_every_way_to_cut_a_product():
+    plans = [
+        Plan.of(tokens, (rows, width), scheme, wide)
+        for scheme in ALL
+        for tokens in TOKENS
+        for rows, width in ((70, 1111), (64, 512))
+        for wide in (False, True)
+    ]
+    assert {plan.blocks for plan in plans} == set(BLOCKS)
+    assert {plan.planes for plan in plans} == {1, 2, 8}
+    assert min(plan.parts for plan in plans) == min(plan.dots for plan in plans) == 1 < max(p.parts for p in plans)
+    assert max(plan.dots for plan in plans) > 1
+
+
+def test_a_product_is_cut_so_that_every_column_is_multiplied_once():
+    for scheme in ALL + OTHERS:
+        for tokens in (1, 16, 17, 64, 65, 5000):
+            for width in (40, 96, 576, 1111, 2048, 8192):
+                for wide in (False, True):
+                    plan = Plan.of(tokens, (2048, width), scheme, wide)
+                    assert 0 <= plan.columns * plan.dots * plan.turns - width < plan.columns
+                    assert plan.grid[0] * plan.blocks.tokens >= tokens
+                    assert plan.grid[1] * plan.blocks.rows >= 2048
+                    # What Triton asks of a tensor, and a matrix unit of a dot.
+                    depth = plan.columns // plan.planes
+                    assert depth >= 16
+                    assert depth & (depth - 1) == 0
+
+
+def test_leading_axes_dtypes_and_weights_of_other_kinds_are_kept():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 64), jnp.bfloat16)
+    weights = [random_codes(SCHEMES["int8"], (8, 64), 1), random_codes(SCHEMES["int4-g32"], (5, 64), 2)]
+    with interpreting():
+        products = linear(x, *weights, implementation="pallas")
+        with pytest.raises(ImplementationError, match=r"can't run: it multiplies with grouped codes, got float32\."):
+            linear(x, weights[0], jnp.ones((4, 64)), implementation="pallas")
+        with pytest.raises(
+            ImplementationError, match="takes activations in bfloat16, float16, float32, got float8_e4m3fn"
+        ):
+            linear(jnp.ones((1, 64), jnp.float8_e4m3fn), weights[0], implementation="pallas")
+    assert [(p.shape, p.dtype) for p in products] == [((2, 3, 8), jnp.bfloat16), ((2, 3, 5), jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [
+        ("quantize", lambda array, how: quantize(jnp.ones((8, 64)), array.scheme, implementation=how)),
+        ("dequantize", lambda array, how: dequantize(array, implementation=how)),
+        ("linear", lambda array, how: linear(jnp.ones((1, 64)), array, implementation=how)),
+    ],
+)
+def test_pallas_is_refused_on_the_cpu_but_where_it_is_interpreted(operation, call):
+    array = random_codes(SCHEMES["int8"], (8, 64), 0)
+    with contextlib.suppress(ZeroDivisionError), interpreting():
+        call(array, "pallas")
+        raise ZeroDivisionError
+    sentence = f"{operation}: the implementation 'pallas' can't run: Pallas has no lowering for the CPU"
+    with pytest.raises(ImplementationError, match=sentence):
+        call(array, "pallas")
+    call(array, None)
+
+
+def test_codes_that_pallas_can_not_take_are_refused_if_asked_for_and_left_to_xla_if_not():
+    uneven, five = GroupedScheme("int4-g24", 4, 24), GroupedScheme("int5-g32", 5, 32)
+    weights = matrix((4, 48), "float32", 0)
+    with interpreting():
+        for scheme, reason in ((uneven, "groups of 24 weights, where a power"), (five, "codes of 5 bits, where 3, 4")):
+            array = quantize(weights, scheme)
+            dequantize(array)
+            for call in (
+                lambda scheme=scheme: quantize(weights, scheme, implementation="pallas"),
+                lambda array=array: dequantize(array, implementation="pallas"),
+                lambda array=array: linear(weights, array, implementation="pallas"),
+            ):
+                with pytest.raises(ImplementationError, match=reason):
+                    call()
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "chosen"),
+    [
+        ("gpu", 9.0, "pallas"),
+        ("gpu", 8.0, "pallas"),
+        ("gpu", 7.5, "xla"),
+        ("gpu", None, "pallas"),
+        ("tpu", None, "xla"),
+    ],
+)
+def test_the_automatic_choice_is_pallas_on_gpus_that_multiply_with_triton(monkeypatch, backend, capability, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(pallas_support, "compute_capability", lambda: capability)
+    implementations = {name: (lambda name=name: name) for name in ("xla", "pallas")}
+    assert choose("linear", implementations, None)() == chosen
+    if chosen == "xla":
+        with pytest.raises(ImplementationError, match=r"linear: the implementation 'pallas' can't run: .*(7\.5|tpu)"):
+            choose("linear", implementations, "pallas")
+
+
+@pytest.mark.parametrize(("name", "number"), [("9.0", 9.0), ("12.0", 12.0), ("gfx942", None), ("", None)])
+def test_the_compute_capability_is_a_number_on_nvidia_only(monkeypatch, name, number):
+    device = type("Device", (), {"compute_capability": name})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert pallas_support.compute_capability() == number
+
+
+def test_activations_are_rounded_to_eight_bits_a_token():
+    x = np.asarray(matrix((12, 100), "float32", 1))
+    codes, scales = round_activations(jnp.asarray(x))
+    largest = np.abs(x).max(1, keepdims=True)
+    # float32's rounding of a product and a quotient beside the half step that a code may be off.
+    assert (np.abs(codes * scales - x) <= 0.501 * largest / 127).all()
+    assert np.abs(codes).max(1).tolist() == [127 if row else 0 for row in largest[:, 0]]
+    weight = quantize(jnp.eye(100), SCHEMES["w8a8"])
+    (product,) = linear(jnp.asarray(x), weight, implementation="xla")
+    # A diagonal matrix of one code times a scale: 127 scales are one but for float16's rounding up.
+    np.testing.assert_allclose(product, codes * scales, rtol=2e-3)
+
+
+@given(st.lists(st.floats(-1e5, 1e5, width=32), min_size=20, max_size=20))
+def test_rounding_by_comparisons_is_rounding_to_even(numbers):
+    x = np.asarray(numbers, np.float32)
+    x = np.concatenate([x, np.floor(x) + np.float32(0.5)])
+    np.testing.assert_array_equal(jax.jit(round_to_even)(x), np.round(x))
+
+
+def test_every_float8_is_decoded_as_the_format_says():
+    codes = np.arange(256).astype(np.uint8)
+    wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    found = np.asarray(from_float8(jnp.asarray(codes.view(np.int8))))
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    assert_same_bits(found[~np.isnan(found)], wanted[~np.isnan(wanted)])
+
+
+@given(st.lists(st.floats(-500, 500, width=32), min_size=20, max_size=20))
+def test_numbers_become_the_nearest_float8(numbers):
+    finite = np.arange(0x7F).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    halves = (finite[1:] + finite[:-1]) / 2
+    x = np.concatenate([np.asarray(numbers, np.float32), finite, halves, np.nextafter(halves, 0), -halves])
+    wanted = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(jax.jit(to_float8)(x), wanted)
+
+
+def lowered(function, *arguments, platform="cuda"):
+    """The program for a GPU that is not here."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def abstract(scheme, shape):
+    """An array of codes without values."""
+    return jax.eval_shape(lambda w: quantize(w, scheme, implementation="xla"), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "platform"),
+    [(scheme, "cuda") for scheme in ALL + OTHERS] + [(SCHEMES[name], "rocm") for name in ("int4-g64", "fp8", "w8a8")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_kernels_are_lowered_for_gpus(scheme, platform):
+    """To Triton's language; a GPU's compiler is not asked."""
+    shape = turn(((2048, 8192), (37, 200)), (ALL + OTHERS).index(scheme))
+    weights, codes = jax.ShapeDtypeStruct(shape, jnp.bfloat16), abstract(scheme, shape)
+    x = jax.ShapeDtypeStruct((turn((1, 512, 48), (ALL + OTHERS).index(scheme)), shape[1]), jnp.bfloat16)
+    for program in (
+        lowered(quantize_pallas, weights, scheme, np.dtype(np.float16), False, platform=platform),
+        lowered(dequantize_pallas, codes, np.dtype(jnp.bfloat16), False, platform=platform),
+        lowered(product_pallas, x, codes, np.dtype(jnp.bfloat16), False, platform=platform),
+    ):
+        assert "__gpu$xla.gpu.triton" in program
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 48, 512])
+def test_products_of_every_block_and_dtype_are_lowered(tokens, dtype):
+    x = jax.ShapeDtypeStruct((tokens, 2048), dtype)
+    program = lowered(product_pallas, x, abstract(SCHEMES["int4-g64"], (8192, 2048)), np.dtype(dtype), False)
+    assert program.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ALL + OTHERS, ids=names(ALL + OTHERS))
+def test_a_gpu_gives_the_same(scheme):
+    number = (ALL + OTHERS).index(scheme)
+    for case in range(number, number + len(SHAPES)):
+        check_quantize(scheme, case)
+        check_dequantize(scheme, case)
+        for dtype in DTYPES:
+            check_product(scheme, case, dtype=dtype)
