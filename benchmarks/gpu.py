@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py
 
-Random weights, XLA's own kernels, bfloat16. Without an accelerator it runs a small shape in float32 on the CPU, which
-shows that the program works and says nothing about a GPU.
+Random weights, XLA's own kernels, bfloat16; then products with one large matrix, plain and in the schemes of
+`fusedllm.quant.schemes`, with the kernels that are chosen there. Without an accelerator it runs a small shape in
+float32 on the CPU, which shows that the program works and says nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -32,10 +33,17 @@ from common import (
 )
 
 import fusedllm
+from fusedllm.kernels.linear import linear
+from fusedllm.kernels.quantize import quantize
+from fusedllm.quant.schemes import SCHEMES
 
 PREFILL_TOKENS = 1024
 DECODE_CONTEXT = 128
 BATCHES = (1, 8)
+
+# Of one product: a decode step, which reads the weights, and a prefill, which multiplies.
+PRODUCT_TOKENS = (1, 512)
+PRODUCT_SCHEMES = ("int8", "int8-g64", "int4-g64", "int4-g64-sym", "int3-g128", "fp8", "w8a8")
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,13 @@ class Scale:
     decode_tokens: int
     copy_bytes: int
     matmul_size: int
+    product_shape: tuple[int, int]
     launches: int
 
 
-ACCELERATOR = Scale("llama-1b", "bfloat16", decode_tokens=128, copy_bytes=2**31, matmul_size=8192, launches=10)
-CPU = Scale("smollm2-135m", "float32", decode_tokens=16, copy_bytes=2**28, matmul_size=2048, launches=2)
+# The matrix of the products is larger than a GPU's caches in any scheme.
+ACCELERATOR = Scale("llama-1b", "bfloat16", 128, 2**31, 8192, product_shape=(32768, 8192), launches=10)
+CPU = Scale("smollm2-135m", "float32", 16, 2**28, 2048, product_shape=(1024, 512), launches=2)
 
 
 def copy_bandwidth(scale: Scale, repetitions: int) -> Spread:
@@ -71,6 +81,28 @@ def matmul_rate(scale: Scale, repetitions: int) -> Spread:
     multiply = jax.jit(lambda x, w: jnp.einsum("mk,nk->mn", x, w))
     samples = _repeat(lambda x: multiply(x, weights), jnp.ones(shape, scale.dtype), scale.launches, repetitions)
     return Spread.of([2 * scale.matmul_size**3 / sample for sample in samples])
+
+
+def products(scale: Scale, repetitions: int) -> list[dict[str, Any]]:
+    """Products of one matrix, in the model's dtype and in each scheme; each result is the next operand."""
+    rows, width = scale.product_shape
+    weights = (jax.random.normal(jax.random.key(0), (rows, width)) / np.sqrt(width)).astype(scale.dtype)
+    multiply = jax.jit(lambda x, w: _folded(linear(x, w)[0], width))
+    found = []
+    for name in (scale.dtype, *PRODUCT_SCHEMES):
+        weight = quantize(weights, SCHEMES[name]) if name in SCHEMES else weights
+        for tokens in PRODUCT_TOKENS:
+            x = jnp.ones((tokens, width), scale.dtype)
+            samples = _repeat(lambda x, weight=weight: multiply(x, weight), x, scale.launches, repetitions)
+            row = {"weights": name, "tokens": tokens, "bytes": weight.nbytes, "operations": 2 * tokens * weights.size}
+            found.append({**row, "seconds": Spread.of(samples)})
+    return found
+
+
+def _folded(product: jax.Array, width: int) -> jax.Array:
+    """As wide as the operand, of the same variance, and made of all results, so that none is left out."""
+    parts = product.reshape(len(product), -1, width)
+    return (parts.sum(1) / np.sqrt(parts.shape[1])).astype(product.dtype)
 
 
 def _repeat(program: Callable[[jax.Array], jax.Array], x: jax.Array, launches: int, repetitions: int) -> list[float]:
@@ -142,7 +174,7 @@ def measure(scale: Scale, repetitions: int) -> dict[str, Any]:
         samples = [step_seconds(llm, batch, scale.decode_tokens) for _ in range(repetitions)]
         work = decode_bytes(model, DECODE_CONTEXT + scale.decode_tokens // 2, itemsize, batch)
         row(f"decode, batch {batch}", batch, work, copy, samples)
-    return {"copy_bandwidth": copy, "matmul": matmul, "rows": rows}
+    return {"copy_bandwidth": copy, "matmul": matmul, "rows": rows, "products": products(scale, repetitions)}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -166,6 +198,29 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
+def report_products(result: dict[str, Any]) -> str:
+    """The table of products: weights read per second, or operations, and the time beside that of plain weights."""
+    rows = []
+    for row in result["products"]:
+        seconds = row["seconds"].median
+        plain = next(x for x in result["products"] if x["tokens"] == row["tokens"])["seconds"].median
+        if row["tokens"] == min(PRODUCT_TOKENS):
+            work, limit, scale, unit = row["bytes"], result["copy_bandwidth"], 1e9, "GB/s"
+        else:
+            work, limit, scale, unit = row["operations"], result["matmul"], 1e12, "TFLOP/s"
+        rows.append(
+            [
+                row["weights"],
+                str(row["tokens"]),
+                f"{significant(seconds * 1e6)} us",
+                f"{significant(work / seconds / scale)} {unit}",
+                f"{100 * work / seconds / limit.median:.0f} %",
+                f"{significant(plain / seconds)} x",
+            ]
+        )
+    return table(["weights", "tokens", "product", "achieved", "share of the limit", "as fast as plain"], rows)
+
+
 def driver() -> list[str]:
     """Name, driver and memory of each NVIDIA GPU, as its own tool tells; empty without it."""
     if shutil.which("nvidia-smi") is None:
@@ -187,6 +242,8 @@ def main() -> None:
     result = measure(scale, arguments.repetitions)
     print(f"{device.device_kind}: shape of {scale.ckpt}, random weights, {scale.dtype}, XLA's kernels\n")
     print(report(result))
+    rows, width = scale.product_shape
+    print(f"\nProducts with a matrix of {rows} x {width}:\n\n{report_products(result)}")
     where = environment("fusedllm", "jax", "jaxlib", "numpy")
     where["device"] = {"platform": device.platform, "kind": device.device_kind, "driver": driver()}
     name = "gpu-" + "-".join(device.device_kind.lower().split()) + ".json"

@@ -214,7 +214,8 @@ def test_leading_axes_dtypes_and_weights_of_other_kinds_are_kept():
         ("linear", lambda array, how: linear(jnp.ones((1, 64)), array, implementation=how)),
     ],
 )
-def test_pallas_is_refused_on_the_cpu_but_where_it_is_interpreted(operation, call):
+def test_pallas_is_refused_on_the_cpu_but_where_it_is_interpreted(monkeypatch, operation, call):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     array = random_codes(SCHEMES["int8"], (8, 64), 0)
     with contextlib.suppress(ZeroDivisionError), interpreting():
         call(array, "pallas")
