@@ -21,7 +21,7 @@ from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.linear_pallas import BLOCKS, Plan, product_pallas
 from fusedllm.kernels.pallas_support import interpreting
-from fusedllm.kernels.pallas_tiles import from_float8, round_to_even, to_float8
+from fusedllm.kernels.pallas_tiles import Span, from_float8, round_to_even, tile, to_float8
 from fusedllm.kernels.quantize import quantize, round_activations
 from fusedllm.kernels.quantize_pallas import quantize_pallas
 from fusedllm.qarray import QuantArray
@@ -280,6 +280,30 @@ def test_activations_are_rounded_to_eight_bits_a_token():
     (product,) = linear(jnp.asarray(x), weight, implementation="xla")
     # A diagonal matrix of one code times a scale: 127 scales are one but for float16's rounding up.
     np.testing.assert_allclose(product, codes * scales, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "counts", "stride"),
+    [((37, 25), (32, 8), 1), ((64, 16), (32, 16), 1), ((1, 3), (4, 1), 1), ((64, 5), (64, 4), 3), ((5, 8), (4, 8), 3)],
+)
+def test_tiles_mask_what_is_outside_of_a_matrix_and_nothing_else(shape, counts, stride):
+    """Interpreted kernels would not tell: indices that are too large are clipped there."""
+    shape = (shape[0], shape[1] * stride)
+    seen = np.zeros(shape, int)
+
+    class Ref:
+        at = np.s_
+
+    Ref.shape = shape
+    for i in range(-(-shape[0] // counts[0])):
+        for j in range(-(-shape[1] // stride // counts[1])):
+            for offset in range(stride):
+                view, mask = tile(Ref, Span(i, counts[0]), Span(j, counts[1]), stride, offset)
+                rows, columns = np.broadcast_arrays(*map(np.asarray, view))
+                inside = (rows < shape[0]) & (columns < shape[1])
+                np.testing.assert_array_equal(np.ones(counts, bool) if mask is None else mask, inside)
+                seen[rows[inside], columns[inside]] += 1
+    np.testing.assert_array_equal(seen, 1)
 
 
 @given(st.lists(st.floats(-1e5, 1e5, width=32), min_size=20, max_size=20))

@@ -71,18 +71,18 @@ def iota(count: int) -> jax.Array:
 
 def load(ref: Any, rows: Span, columns: Span, stride: int = 1, offset: int = 0) -> jax.Array:
     """The elements `[rows, columns * stride + offset]` of the matrix `ref`, with zeros for what is outside of it."""
-    tile, mask = _tile(ref, rows, columns, stride, offset)
-    return triton.load(tile, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
+    view, mask = tile(ref, rows, columns, stride, offset)
+    return triton.load(view, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
 def store(ref: Any, rows: Span, columns: Span, values: jax.Array, stride: int = 1, offset: int = 0) -> None:
     """Writes `values` to the elements `[rows, columns * stride + offset]` of `ref`, but for what is outside of it."""
-    tile, mask = _tile(ref, rows, columns, stride, offset)
-    triton.store(tile, values.astype(ref.dtype), mask=mask)
+    view, mask = tile(ref, rows, columns, stride, offset)
+    triton.store(view, values.astype(ref.dtype), mask=mask)
 
 
-def _tile(ref: Any, rows: Span, columns: Span, stride: int, offset: int) -> tuple[Any, jax.Array | None]:
-    """The view of `ref`, and which of its elements exist; `None` if all do."""
+def tile(ref: Any, rows: Span, columns: Span, stride: int, offset: int) -> tuple[Any, jax.Array | None]:
+    """The view of these elements, and which of them `ref` has; `None` if all."""
     row, column = rows.numbers()[:, None], columns.numbers()[None, :]
     height, width = ref.shape[0], ref.shape[1] // stride
     masks = [row < height] if height % rows.count else []
