@@ -45,7 +45,7 @@ from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.registry import resolve
 
 # Windows of 512 tokens that activations are measured on.
-CALIBRATION_WINDOWS = 32
+CALIBRATION_WINDOWS = 16
 THREADS = 2
 
 
@@ -79,18 +79,24 @@ class Llama:
 
 
 LINES: tuple[Ours | Llama, ...] = (
-    *(Ours(scheme) for scheme in ("int8", "int8-g128", "int8-g32", "w8a8", "fp8")),
-    *(Ours("int4-g64", method) for method in ("rtn", "clip", "hqq", "awq", "awq+hqq", "gptq", "clip+gptq", "hqq+gptq")),
-    Ours("int4-g64-sym", "rtn"),
-    Ours("int4-g32"),
-    Ours("int4-g32", "clip+gptq"),
-    Ours("int4-g32-sym", "clip+gptq"),
-    Ours("int4-g128", "clip+gptq"),
-    Ours("int3-g64"),
-    Ours("int3-g64", "clip+gptq"),
-    Ours("int4-g64", "clip+gptq", bits="Q4_K_M's"),
-    *(Llama(kind, importance) for kind in quant_peers.FILE_TYPES for importance in (False, True) if kind != "Q8_0"),
+    Ours("int8"),
+    Ours("int4-g64"),
     Llama("Q8_0", False),
+    Llama("Q4_K_M", False),
+    Llama("Q4_K_M", True),
+    Ours("int4-g64", "gptq"),
+    Ours("int4-g64", "hqq"),
+    Ours("int4-g64", "hqq+gptq", bits="Q4_K_M's"),
+    Ours("int4-g64", "clip"),
+    *(Ours(scheme) for scheme in ("int8-g128", "int8-g32", "w8a8", "fp8", "int4-g32", "int4-g64-sym", "int3-g64")),
+    *(Llama(kind, importance) for kind in ("Q6_K", "Q5_K_M", "Q4_0") for importance in (False, True)),
+    Ours("int4-g64", "awq"),
+    Ours("int4-g64", "clip+gptq"),
+    Ours("int4-g64", "hqq+gptq"),
+    Ours("int4-g64", "awq+hqq"),
+    Ours("int4-g32", "hqq+gptq"),
+    Ours("int3-g64", "hqq+gptq"),
+    Ours("int4-g128", "hqq+gptq"),
     Llama("Q4_K_M", True, runs=True),
     Llama("Q8_0", False, runs=True),
 )

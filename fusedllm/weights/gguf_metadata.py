@@ -163,7 +163,7 @@ def _check(config: ModelConfig, metadata: Mapping[str, Any], tensors: Mapping[st
     # Mistral is llama with a window; and what ends a generation the tokenizer says too, in another order.
     for name in {field.name for field in dataclasses.fields(ModelConfig)} - {"family", "bos_token_id", "eos_token_ids"}:
         one, other = getattr(wanted, name), getattr(found, name)
-        if one != other:
+        if _as_stored(one) != _as_stored(other):
             raise ConfigError(
                 f"a GGUF of the architecture {metadata['general.architecture']} can't express {name} = "
                 f"{shortened(one)}; it would read back as {shortened(other)}."
