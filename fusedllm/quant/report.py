@@ -58,7 +58,7 @@ _HEAD = ("layer", "shape", "scheme", "method", "ms", "conversion", "MB in", "MB 
 _SHOWN = 20
 
 
-@dataclass
+@dataclass(repr=False)
 class QuantizeReport:
     """All layers, in their order; prints as a table, in notebooks too."""
 
@@ -120,6 +120,8 @@ class QuantizeReport:
             for pairs in (list(zip(row, widths, strict=True)) for row in [_HEAD, *rows])
         ]
         return "\n".join([line.rstrip() for line in lines] + [self.summary()])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """A table, for notebooks."""
