@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,6 +148,8 @@ def main() -> None:
     print(report(result, arguments.context))
     if arguments.json:
         about = {name: getattr(arguments, name) for name in ("windows", "context", "repetitions", "threads")}
+        # Speeds of a busy machine mean little, and whoever reads them should see that it was.
+        about["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         where = environment("fusedllm", "jax", "jaxlib", "numpy")
         write_json(arguments.json, {**where, **about, "window": window, "caches": result})
 
