@@ -165,7 +165,7 @@ def _grouped_layout(array: QuantArray, scheme: GroupedScheme) -> PackedScheme | 
     if any(numbers is not None and _as_halves(numbers) is None for numbers in (array.scales, array.zeros)):
         return None
     width = array.shape[1]
-    shared = scheme.group_size // GROUP or width // GROUP
+    shared = min(scheme.group_size or width, width) // GROUP
     if scheme.activation_bits is not None:
         fits = scheme.sums_integers and array.zeros is None and width <= MOST_INTEGER_COLUMNS
         return PackedScheme(scheme.name, INTEGER, 8, 128, shared=shared, sums_integers=True) if fits else None
