@@ -45,7 +45,7 @@ MOST_THREADS = 256
 
 # Changes with every change of a handler's operands or of their dtypes, in `cpu/isa.cc` too: a library of another age is
 # not used.
-INTERFACE = 6
+INTERFACE = 7
 
 
 class MissingKernelsWarning(UserWarning):

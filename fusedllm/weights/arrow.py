@@ -28,10 +28,13 @@ from fusedllm.quant.table import is_quantized
 from fusedllm.text.data import TokenizerData
 from fusedllm.weights import quantized
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
+from fusedllm.weights.mapped import map_file, release_pages
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
 MAGIC = b"ARROW1"
+# Bytes: magic at both ends, and what lies between.
+SHORTEST = 32
 
 # `weights` comes first: with it the body of a batch begins with its two offsets and then the tensor itself.
 SCHEMA = pa.schema(
@@ -113,11 +116,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    source = pa.memory_map(str(path), "r")
-    size = source.size()
-    _check_frame(path, source, size)
-    source.seek(0)
-    memory = source.read_buffer(size)
+    if path.stat().st_size < SHORTEST:
+        raise CheckpointError(f"{path} is not an Arrow IPC file: it has {path.stat().st_size} bytes.")
+    data = map_file(path, SHORTEST, "Arrow IPC")
+    _check_frame(path, data)
+    memory = pa.py_buffer(data)
     reader = pa.ipc.open_file(memory)
     if is_quantized(reader.schema):
         return quantized.of_batches(reader, path)
@@ -150,6 +153,7 @@ def _read(path: Path) -> Checkpoint:
         tokenizer=None if text is None else TokenizerData.from_json(text),
         format="arrow",
         path=path,
+        release=functools.partial(release_pages, data),
     )
 
 
@@ -204,11 +208,10 @@ def _check_offset(path: Path, name: str, found: int, metadata: Mapping[bytes, by
         )
 
 
-def _check_frame(path: Path, source: pa.MemoryMappedFile, size: int) -> None:
-    ends = (source.read_at(len(MAGIC), 0), source.read_at(len(MAGIC), size - len(MAGIC))) if size >= 32 else ()
-    if not ends or ends[0] != MAGIC:
+def _check_frame(path: Path, data: np.ndarray) -> None:
+    if data[: len(MAGIC)].tobytes() != MAGIC:
         raise CheckpointError(f"{path} is not an Arrow IPC file: it does not begin with {MAGIC.decode()}.")
-    if ends[1] != MAGIC:
+    if data[-len(MAGIC) :].tobytes() != MAGIC:
         raise CheckpointError(f"{path} is truncated: an Arrow IPC file ends with {MAGIC.decode()}.")
 
 

@@ -112,7 +112,9 @@ def load_params(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    checkpoint.release()
+    # What is used where it lies stays.
+    if loader.copies:
+        checkpoint.release()
     params = map_specs(lambda spec: arrays[spec.name], describe(checkpoint.config))
     report = LoadReport(
         tensors=len(arrays),
