@@ -114,7 +114,12 @@ def quantize(
         batches = _calibrated(run, plan, metadata, report)
     else:
         shown = tqdm(
-            opened.batches, total=opened.count, desc="quantizing", unit="batch", disable=not progress, leave=False
+            opened.batches,
+            total=opened.count,
+            desc="quantizing",
+            unit="batch",
+            disable=None if progress else True,
+            leave=False,
         )
         batches = quantize_batches(shown, plan, metadata, report)
     if opened.streams if streaming is None else streaming:

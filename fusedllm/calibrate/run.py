@@ -82,7 +82,9 @@ class Run:
         done = 0 if finished is None else finished.count()
         if done and finished is not None:
             hidden = finished.hidden(done - 1)
-        for index in tqdm(range(config.num_layers), desc="calibrating", unit="layer", disable=not self.progress):
+        for index in tqdm(
+            range(config.num_layers), desc="calibrating", unit="layer", disable=None if self.progress else True
+        ):
             if index < done and finished is not None:
                 yield from self._stored(description.layers[index], finished.arrays(index))
                 continue
@@ -103,7 +105,9 @@ class Run:
         config = self.checkpoint.config
         description: Any = describe(config)
         hidden = self.read(description.embedding.name)[self.tokens]
-        for index in tqdm(range(config.num_layers), desc="measuring", unit="layer", disable=not self.progress):
+        for index in tqdm(
+            range(config.num_layers), desc="measuring", unit="layer", disable=None if self.progress else True
+        ):
             described = description.layers[index]
             layer = self.float_layer(described)
             for site, found in self._sums(index, layer, hidden).items():

@@ -84,7 +84,7 @@ def choose_schemes(
         return 8 * place.code_bytes + item * (place.numbers + place.zeros)
 
     choices = {}
-    for name in tqdm(free, desc="weighing", unit="tensor", disable=not run.progress):
+    for name in tqdm(free, desc="weighing", unit="tensor", disable=None if run.progress else True):
         weights = jnp.asarray(run.read(name))
         choices[name] = [
             Choice(candidate, bits_of(name, SCHEMES[candidate]), measured.loss(name, weights, SCHEMES[candidate]))
@@ -113,7 +113,7 @@ class _Measured:
             run.read(description.final_norm.name), run.read(head.name), hidden[-1]
         )
         order = list(reversed(range(config.num_layers)))
-        for index in tqdm(order, desc="differentiating", unit="layer", disable=not run.progress):
+        for index in tqdm(order, desc="differentiating", unit="layer", disable=None if run.progress else True):
             layer = run.float_layer(description.layers[index])
             gradients, squares = self._of_layer(index, layer, hidden[index], gradients)
             for name, one in squares.items():

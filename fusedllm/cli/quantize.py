@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Quantizes, and prints one line of figures, or the whole report."""
     from fusedllm import QuantizeReport
     from fusedllm.quantizing import quantize_file
-    from fusedllm.weights.convert import convert
+    from fusedllm.weights.convert import convert, writer_of
     from fusedllm.weights.files import refuse_existing
     from fusedllm.weights.open import open_checkpoint
 
@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     if is_table:
         quantize_file(options.source, options.destination, options.scheme, force=options.force, **keywords)
     else:
+        # Before anything is quantized, so that a wrong target costs nothing.
+        writer_of(options.destination, options.format)
         refuse_existing(options.destination, options.force)
         with tempfile.TemporaryDirectory(dir=os.path.abspath(options.destination.parent)) as directory:
             table = quantize_file(options.source, Path(directory) / "quantized.arrow", options.scheme, **keywords)

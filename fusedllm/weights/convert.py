@@ -56,7 +56,7 @@ def convert(
       ConfigError, TokenizerError: the format has no way to express the model or its tokenizer.
     """
     target = Path(dst).expanduser()
-    write = _writer(target, format)
+    write = writer_of(target, format)
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"{dtype!r} is not a dtype to convert to; known are: {', '.join(FLOATS)}.")
     # Before the source is opened, so that a wrong target costs nothing.
@@ -112,7 +112,12 @@ def _shown(checkpoint: Checkpoint, title: str, progress: bool) -> Iterator[Check
         yield dataclasses.replace(checkpoint, tensors={name: one(t) for name, t in checkpoint.tensors.items()})
 
 
-def _writer(target: Path, format: str | None) -> Callable[[Checkpoint, Path], None]:
+def writer_of(target: Path, format: str | None) -> Callable[[Checkpoint, Path], None]:
+    """What writes `format`, or what the suffix of `target` asks for.
+
+    Raises:
+      CheckpointError: nobody does.
+    """
     name = format or next((name for name, suffixes in SUFFIXES.items() if target.suffix in suffixes), None)
     if name not in SUFFIXES:
         asked = f"the format {format!r} is unknown" if format else f"the suffix of {target} names no format"

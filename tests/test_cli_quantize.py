@@ -1,0 +1,69 @@
+"""`fusedllm quantize`: from file to file, into tables and into other formats, and one sentence where it can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from test_calibrate import CONFIG
+
+import fusedllm
+from fusedllm.cli.main import main
+from fusedllm.weights.convert import convert
+from fusedllm.weights.open import open_checkpoint
+from fusedllm.weights.random import random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(random_checkpoint(CONFIG, "float32"), tmp_path_factory.mktemp("source") / "model.arrow")
+
+
+def run(*arguments: object) -> int:
+    return main(["quantize", *map(str, arguments)])
+
+
+def test_into_a_table_that_runs(source, tmp_path, capsys):
+    target = tmp_path / "q.arrow"
+    assert run(source, target, "--scheme", "int4-g32", "--rule", "lm_head=int8", "--rule", "o_proj=keep") == 0
+    assert "bits per weight" in capsys.readouterr().out
+    kinds = {name: tensor.quantization for name, tensor in open_checkpoint(target).tensors.items()}
+    assert kinds["lm_head.weight"] == "int8"
+    assert kinds["model.layers.0.self_attn.o_proj.weight"] is None
+    assert kinds["model.layers.1.mlp.up_proj.weight"] == "int4-g32"
+    assert len(fusedllm.load(target, max_context=64).generate([[1, 2, 3]], max_tokens=3)[0].token_ids) == 3
+
+
+def test_into_parquet_with_the_report_printed(source, tmp_path, capsys):
+    assert run(source, tmp_path / "q.parquet", "--scheme", "int8", "--report") == 0
+    assert "model.layers.0.mlp.down_proj.weight" in capsys.readouterr().out
+    assert pq.read_table(tmp_path / "q.parquet").num_rows == len(random_checkpoint(CONFIG, "float32").tensors)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("q.gguf", "Q4_0"), ("q.safetensors", "int4-g32-sym")])
+def test_into_the_formats_of_others(source, tmp_path, name, kind):
+    assert run(source, tmp_path / name, "--scheme", "int4-g32-sym", "--rule", "embed|head=keep") == 0
+    found = {tensor.quantization for tensor in open_checkpoint(tmp_path / name).tensors.values()}
+    assert found == {kind, None}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["q.bin"], "the suffix of"),
+        (["q.arrow", "--scheme", "int5"], "no scheme 'int5'"),
+        (["q.arrow", "--method", "magic"], "no quantization method 'magic'"),
+        (["q.arrow", "--rule", "nonsense"], "PATTERN=SCHEME"),
+        (["q.arrow", "--method", "gptq"], "needs a tokenizer"),
+        (["there.arrow"], "exists already"),
+    ],
+)
+def test_what_can_not_be_is_one_sentence_and_leaves_nothing(source, tmp_path, capsys, arguments, sentence):
+    (tmp_path / "there.arrow").write_text("mine")
+    assert run(source, tmp_path / arguments[0], *arguments[1:]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("\n") == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
