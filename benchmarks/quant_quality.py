@@ -51,16 +51,21 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Ours:
-    """A line of ours; with `bits` a scheme for each tensor is chosen so that all together have no more of them."""
+    """A line of ours; with `bits` a scheme for each tensor is chosen so that all together have no more of them.
+
+    A grid that needs no calibration has one if it is `weighted`.
+    """
 
     scheme: str
     method: str = "rtn"
     bits: str | None = None
+    weighted: bool = False
 
     @property
     def name(self) -> str:
         """What the table calls it."""
-        return f"{self.scheme} {self.method}" if self.bits is None else f"{self.bits} bits {self.method}"
+        suffix = ", weighted by calibration" if self.weighted else ""
+        return f"{self.scheme if self.bits is None else f'{self.bits} bits'} {self.method}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ LINES: tuple[Ours | Llama, ...] = (
     Llama("Q4_K_M", False),
     Llama("Q4_K_M", True),
     Ours("int4-g64", "gptq"),
-    Ours("int4-g64", "hqq"),
     Ours("int4-g64", "hqq+gptq", bits="Q4_K_M's"),
+    Ours("int4-g64", "hqq"),
     Ours("int4-g64", "clip"),
     *(Ours(scheme) for scheme in ("int8-g128", "int8-g32", "w8a8", "fp8", "int4-g32", "int4-g64-sym", "int3-g64")),
     *(Llama(kind, importance) for kind in ("Q6_K", "Q5_K_M", "Q4_0") for importance in (False, True)),
@@ -94,6 +99,8 @@ LINES: tuple[Ours | Llama, ...] = (
     Ours("int4-g64", "clip+gptq"),
     Ours("int4-g64", "hqq+gptq"),
     Ours("int4-g64", "awq+hqq"),
+    Ours("int4-g64", "hqq", weighted=True),
+    Ours("int4-g64", "clip", weighted=True),
     Ours("int4-g32", "hqq+gptq"),
     Ours("int3-g64", "hqq+gptq"),
     Ours("int4-g128", "hqq+gptq"),
@@ -189,7 +196,8 @@ class Bench:
 
                 return {"seconds": seconds, "bits_per_weight": bits_per_weight(made), **self.judge.judge(run)}
             return {"seconds": seconds, "bits_per_weight": bits_per_weight(made), **self.judge.judge_model(path)}
-        keywords: dict[str, Any] = {"calibration": self.tokens} if line.method != "rtn" else {}
+        calibrates = method_named(line.method).needs_calibration or line.weighted or line.bits is not None
+        keywords: dict[str, Any] = {"calibration": self.tokens} if calibrates else {}
         if line.bits is not None:
             wanted = done.get("llama.cpp Q4_K_M imatrix")
             if wanted is None:

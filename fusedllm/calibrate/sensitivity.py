@@ -25,12 +25,12 @@ from fusedllm.calibrate.run import Run
 from fusedllm.config import ModelConfig
 from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.quantize import quantize
 from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.model.params import LayerParams, describe, specs
 from fusedllm.model.placement import Site
 from fusedllm.quant.allocate import Choice, allocate
 from fusedllm.quant.gptq import factorized
-from fusedllm.quant.methods import Method, quantize_matrix
 from fusedllm.quant.schemes import SCHEMES
 from fusedllm.quant.statistics import Statistics
 from fusedllm.quant.table import Place
@@ -103,6 +103,7 @@ class _Measured:
         self._run = run
         self._statistics: dict[str, Statistics] = {}
         self._gradients: dict[str, jax.Array] = {}
+        self._factors: dict[int, jax.Array] = {}
         config = run.checkpoint.config
         description: Any = describe(config)
         hidden = [run.read(description.embedding.name)[run.tokens]]
@@ -129,19 +130,28 @@ class _Measured:
         step = max(1, weights.shape[0] // ROWS)
         some = weights[::step]
         importance = self._statistics.get(name)
-        # Codes that make up for one another are too slow to be tried; what remains of their errors is known.
-        method = Method(grid=self._run.method.grid)
-        array = quantize_matrix(some, scheme, method, importance, scale_dtype=self._run.scale_dtype)
-        off = array.dequantize() - some
+        # By rounding, whatever the method: a search would take much longer and keep the schemes' order. Codes that make
+        # up for one another need not be tried either, as what remains of their errors is known.
+        off = quantize(some, scheme, scale_dtype=self._run.scale_dtype).dequantize() - some
         loss = 0.0
         if name == self._embedding:
             rows = jnp.asarray(self._frequencies[::step], jnp.float32)
             loss += float(0.5 * (rows * (jnp.square(off) * jnp.asarray(self._stream)).sum(-1)).sum()) * step
         if importance is not None and importance.hessian is not None:
             gradients = self._gradients[name][::step]
-            gptq = self._run.method.gptq
-            loss += float(_loss(off, gradients, importance.hessian, gptq)) * weights.shape[0] / off.shape[0]
+            share = weights.shape[0] / off.shape[0]
+            if self._run.method.gptq:
+                loss += share * float(_loss_left(off, gradients, self._left_over(importance)))
+            else:
+                loss += share * float(_loss(off, gradients, importance.hessian))
         return loss
+
+    def _left_over(self, statistics: Statistics) -> jax.Array:
+        """What an error in each column costs when all later ones have made up for it; matrices of a site share it."""
+        key = id(statistics)
+        if key not in self._factors:
+            self._factors[key] = _unexplained(statistics.hessian)
+        return self._factors[key]
 
     def _of_head(self, norm: np.ndarray, head: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         config = self._run.checkpoint.config
@@ -170,13 +180,21 @@ class _Measured:
         return before, {name: one / hidden[..., 0].size for name, one in total.items()}
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _loss(off: jax.Array, gradients: jax.Array, hessian: jax.Array, gptq: bool) -> jax.Array:
-    if gptq:
-        # The error of a column that all later ones make up for counts by what they can't explain of its inputs.
-        factor = factorized(hessian)
-        unexplained = jnp.diagonal(hessian).mean() / jnp.square(jnp.diagonal(factor.upper))
-        return 0.5 * (gradients * (jnp.square(off[:, factor.order]) * unexplained).sum(-1)).sum()
+@jax.jit
+def _unexplained(hessian: jax.Array) -> jax.Array:
+    """Of each column's input, the mean square that those rounded after it can't explain."""
+    factor = factorized(hessian)
+    left = jnp.diagonal(hessian).mean() / jnp.square(jnp.diagonal(factor.upper))
+    return jnp.zeros_like(left).at[factor.order].set(left)
+
+
+@jax.jit
+def _loss_left(off: jax.Array, gradients: jax.Array, left: jax.Array) -> jax.Array:
+    return 0.5 * (gradients * (jnp.square(off) * left).sum(-1)).sum()
+
+
+@jax.jit
+def _loss(off: jax.Array, gradients: jax.Array, hessian: jax.Array) -> jax.Array:
     products = jnp.matmul(off, hessian, precision=jax.lax.Precision.HIGHEST)
     return 0.5 * (gradients * (products * off).sum(-1)).sum()
 
