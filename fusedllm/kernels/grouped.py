@@ -98,11 +98,16 @@ class GroupedScheme:
         """The float32 values of `array`; traceable. Leading axes of its shape are those of its buffers."""
         assert array.scales is not None
         width = array.shape[-1]
-        codes = self._numbers(array.values)
+        # Buffers may be NumPy's, where nobody has put them on a device yet.
+        codes = self._numbers(jnp.asarray(array.values))
         if self.codes == "integer":
-            zero = np.float32(self.center) if array.zeros is None else self._spread(array.zeros, codes.shape[-1])
+            zero = (
+                np.float32(self.center)
+                if array.zeros is None
+                else self._spread(jnp.asarray(array.zeros), codes.shape[-1])
+            )
             codes = codes - zero
-        values = self._spread(array.scales, codes.shape[-1]) * codes
+        values = self._spread(jnp.asarray(array.scales), codes.shape[-1]) * codes
         return values[..., :width].reshape(array.shape)
 
     def _numbers(self, values: jax.Array) -> jax.Array:
