@@ -222,7 +222,7 @@ def report(lines: dict[str, dict[str, float]]) -> str:
             f"{line['kl_divergence']:.5f}",
             f"{line['kl_divergence_99']:.4f}",
             f"{100 * line['same_top_token']:.2f} %",
-            f"{line['seconds']:.1f}",
+            "-" if line["seconds"] is None else f"{line['seconds']:.1f}",
         ]
         for name, line in sorted(
             lines.items(), key=lambda item: (-item[1]["bits_per_weight"], item[1]["kl_divergence"])
