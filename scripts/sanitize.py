@@ -16,7 +16,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["test_packed.py", "test_linear.py", "test_draw.py", "test_rows.py", "test_cached_attention.py"]
+TESTS = [
+    "test_packed.py",
+    "test_linear.py",
+    "test_draw.py",
+    "test_rows.py",
+    "test_cached_attention.py",
+    "test_quantize_kernel.py",
+]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
 
 
