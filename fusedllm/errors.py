@@ -41,6 +41,14 @@ class ContextLengthError(RequestError):
     """A prompt (with the tokens asked for) does not fit the context; the message carries both numbers."""
 
 
+class QueueFullError(FusedLLMError):
+    """As many requests wait as may wait; the message says how many. Try again later."""
+
+
+class EngineStoppedError(FusedLLMError):
+    """A request came to an engine that no longer takes any: it is draining, or its thread has ended."""
+
+
 class ImplementationError(FusedLLMError):
     """A kernel implementation was asked for that can't run on this backend; the message says why."""
 

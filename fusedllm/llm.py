@@ -278,8 +278,15 @@ class LLM:
         """Compiles every program that answering needs, so that none compiles later. See `Engine.warm_up`."""
         self._engine.warm_up(**keywords)
 
-    def _stream(self, ids: list[int], parameters: SamplingParams) -> Stream:
-        return Stream(self._engine, self._engine.prepare(ids, parameters), self.tokenizer)
+    def prepare(self, prompt: Prompt, sampling: SamplingParams, **options: Any) -> Stream:
+        """A request that nobody runs yet: for `Engine.submit`, with `Stream.push` for what it delivers.
+
+        `options` are those of `Engine.prepare`; raises as `generate`.
+        """
+        return self._stream(self.encode(prompt), sampling, **options)
+
+    def _stream(self, ids: list[int], parameters: SamplingParams, **options: Any) -> Stream:
+        return Stream(self._engine, self._engine.prepare(ids, parameters, **options), self.tokenizer)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

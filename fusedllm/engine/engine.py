@@ -16,11 +16,15 @@ from fusedllm.engine.pages import PagePool
 from fusedllm.engine.programs import NO_TOKEN, StepOutputs
 from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.runner import Runner
-from fusedllm.errors import ContextLengthError, RequestError
+from fusedllm.engine.stats import EngineStats
+from fusedllm.errors import ContextLengthError, EngineStoppedError, RequestError
 from fusedllm.model.sampling import Logprobs
 
 # Steps of the first decode launch, before the time of one step is known.
 FIRST_STEPS = 4
+
+# Takes a request's chunks as they come.
+Deliver = Callable[[Chunk], None]
 
 # One launch runs, one is queued behind it.
 LAUNCHES_AHEAD = 1
@@ -49,6 +53,11 @@ class Engine:
         self._seats: list[engine_request.Sequence | None] = []
         self._launches: collections.deque[_Launch] = collections.deque()
         self._chunks: dict[engine_request.Sequence, list[Chunk]] = {}
+        self._deliver: dict[engine_request.Sequence, Deliver] = {}
+        self._inbox: list[tuple[engine_request.Sequence, Deliver]] = []
+        self._arrived = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
         self._step_seconds: float | None = None
         self._last_read = 0.0
         self._lock = threading.RLock()
@@ -63,8 +72,77 @@ class Engine:
         """How many requests decode together in the latest launches; 0 before the first."""
         return len(self._seats)
 
-    def prepare(self, prompt: Sequence[int], sampling: SamplingParams) -> engine_request.Sequence:
-        """A validated request, ready for `run`. `max_tokens` is cut to what the context leaves.
+    def start(self) -> None:
+        """Runs requests in a thread of its own until `stop`; `submit` needs it."""
+        self._thread = threading.Thread(target=self._serve, name="fusedllm-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; what is in flight ends as cancelled."""
+        with self._arrived:
+            self._stopping = True
+            self._arrived.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, sequence: engine_request.Sequence, deliver: Deliver) -> None:
+        """Queues a request; `deliver` gets its chunks, in the engine's thread, and must not wait. Safe in any thread.
+
+        Raises:
+          QueueFullError: as many requests wait as may.
+          EngineStoppedError: nobody would run it.
+        """
+        with self._arrived:
+            if self._stopping or not self.alive:
+                raise EngineStoppedError("the engine has stopped.")
+            self._inbox.append((sequence, deliver))
+            self._arrived.notify()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges, as of now."""
+        running = sum(seat is not None for seat in self._seats)
+        return EngineStats(
+            num_running=running,
+            num_waiting=len(self._waiting) + len(self._inbox),
+            pages_in_use=self._pool.in_use,
+            pages_total=self.config.num_pages - 1,
+        )
+
+    def _serve(self) -> None:
+        while True:
+            with self._arrived:
+                while not self._inbox and not self._deliver and not self._stopping:
+                    self._arrived.wait()
+                if self._stopping:
+                    return
+                arrived, self._inbox = self._inbox, []
+            with self._lock:
+                for sequence, deliver in arrived:
+                    self._deliver[sequence] = deliver
+                    self._waiting.append(sequence)
+                self._step()
+                for sequence in [s for s in self._deliver if s.finished]:
+                    del self._deliver[sequence]
+
+    def prepare(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+        constraint: engine_request.Constraint | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> engine_request.Sequence:
+        """A validated request, ready for `run` or `submit`. `max_tokens` is cut to what the context leaves.
+
+        The options are attributes of `Sequence`.
 
         Raises:
           RequestError: an empty prompt, or an id outside the vocabulary.
@@ -87,6 +165,11 @@ class Engine:
             sampling=sampling,
             stop_ids=frozenset(stop_ids),
             budget=min(sampling.max_tokens, self.config.max_context - len(prompt)),
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
+            constraint=constraint,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def run(self, sequences: Sequence[engine_request.Sequence]) -> Iterator[tuple[int, Chunk]]:
@@ -216,6 +299,8 @@ class Engine:
             chunk = sequence.accept(ids, details)
             if sequence in self._chunks:
                 self._chunks[sequence].append(chunk)
+            if sequence in self._deliver:
+                self._deliver[sequence](chunk)
             if sequence.finished:
                 self._retire(sequence)
 

@@ -5,11 +5,26 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from fusedllm.config import SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled"]
+# `deadline`: its time was over; `error`: the launch that it was part of failed.
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+class Constraint(Protocol):
+    """What may come next in a request whose output follows a grammar."""
+
+    def mask(self) -> np.ndarray:
+        """uint32 `[ceil(vocab / 32)]`: bit `t % 32` of word `t // 32` says whether token `t` may come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Goes on by a drawn token, which the last mask allowed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +38,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens that one launch made for one request; `finish_reason` comes with the last of them."""
+    """Tokens that one launch made for one request; `finish_reason` comes with the last of them.
+
+    A request that ends without a token (cancelled, past its deadline, failed) gets a chunk without tokens. The first
+    chunk brings `prompt_logprobs` where asked for: an entry for each token of the prompt but the first.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,13 +82,28 @@ class Timings:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request inside the engine. `stop_ids` end it inside the program; stop strings are the caller's to watch."""
+    """A request inside the engine. `stop_ids` end it inside the program; stop strings are the caller's to watch.
+
+    Attributes:
+      priority: a lower one goes first; a step of one is worth `PRIORITY_SECONDS` of waiting.
+      deadline: in seconds of `time.perf_counter()`, when the request ends whatever it has; `None` is never.
+      cache_salt: only requests of the same salt share pages of their prompts.
+      constraint: the grammar that the output follows.
+      prompt_logprobs: as `SamplingParams.logprobs`, for the tokens of the prompt.
+      cached_tokens: of the prompt, how many were found in the prefix cache when its prefill began.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stop_ids: frozenset[int]
     budget: int
     seed: int = 0
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str = ""
+    constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
+    cached_tokens: int = 0
     pages: tuple[int, ...] = ()
     generated: int = 0
     finish_reason: FinishReason | None = None
