@@ -95,7 +95,7 @@ class Ours:
         import fusedllm
 
         self._sampling = fusedllm.SamplingParams
-        engine = fusedllm.EngineConfig(max_context=MAX_CONTEXT, batch_buckets=(1, 4, 8, 16))
+        engine = fusedllm.EngineConfig(max_context=MAX_CONTEXT, batch_buckets=(1, 4, 8, 16), prefix_cache=False)
         self.llm = fusedllm.load(path, engine=engine, threads=threads, activation_bits=bits)
 
     def prefill(self, tokens: int) -> float:

@@ -143,6 +143,7 @@ def measure(scale: Scale, repetitions: int) -> dict[str, Any]:
     engine = fusedllm.EngineConfig(
         max_context=PREFILL_TOKENS + 16,
         cache_tokens=max(BATCHES) * room,
+        prefix_cache=False,
         # One launch for each prompt: the figure is the program's, not the scheduler's.
         prefill_buckets=(DECODE_CONTEXT, PREFILL_TOKENS),
         batch_buckets=BATCHES,

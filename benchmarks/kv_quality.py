@@ -134,7 +134,9 @@ def main() -> None:
     stored = json.loads(STORED.read_text(encoding="utf-8"))["perplexity"]
     window = stored["window"]
     room = max(window, arguments.context + DECODE_TOKENS + 1)
-    engine = EngineConfig(max_context=room, prefill_buckets=(512,), batch_buckets=(1,))
+    engine = EngineConfig(
+        max_context=room, prefill_buckets=(512,), batch_buckets=(1,), prefix_cache=False, token_budget=512
+    )
     llms = models(kv_dtypes, quantized=False, engine=engine)
     result: dict[str, dict[str, Any]] = {
         name: {"bytes_a_token": bytes_a_token(llms[name]), **quality}

@@ -254,6 +254,11 @@ class SamplingParams:
         _ask(fits, "logit_bias", bias, f"biases from -{self.MAX_BIAS} to {self.MAX_BIAS}")
         object.__setattr__(self, "logit_bias", bias)
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was generated before changes the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False, integer: bool = False) -> None:
         value = getattr(self, name)
         fits = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import tiny
 
+from fusedllm.config import SamplingParams
 from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import LAUNCH_TOKENS, EngineConfig, split_into_chunks
 from fusedllm.engine.pages import PagePool
@@ -48,7 +49,6 @@ def test_a_request_alone_equals_itself_in_a_batch(tiny_llm):
     prompts = [ids(length, seed=length) for length in (1, 15, 16, 17, 33, 40, 5)]
     parameters = {"temperature": 0.9, "top_p": 0.9, "max_tokens": 20, "ignore_eos": True, "seed": 11}
     together = tiny_llm.generate(prompts, **parameters)
-    assert tiny_llm.engine.slots == 8
     for index, prompt in enumerate(prompts):
         # Of the same bucket: seven requests decode in eight slots, and so do these.
         others = [ids(9, seed=100 + index)] * 6
@@ -69,7 +69,6 @@ def test_more_requests_than_slots_and_pages_all_get_their_answers(tiny_llm):
     prompts = [ids(3 + index, seed=index) for index in range(21)]
     answers = tiny_llm.generate(prompts, max_tokens=40, ignore_eos=True)
     assert [answer.usage.completion_tokens for answer in answers] == [40] * 21
-    assert tiny_llm.engine.slots == 8
     assert tiny_llm.engine.pages_in_use == 0
     for prompt, answer in list(zip(prompts, answers, strict=True))[::5]:
         greedy = tiny_llm.logits(prompt + list(answer.token_ids)).argmax(axis=-1)[len(prompt) - 1 : -1]
@@ -121,10 +120,21 @@ def test_penalties_count_the_prompt_and_the_output(tiny_llm):
     assert not set(fresh.token_ids) & set(prompt)
 
 
-def test_the_slots_follow_the_number_of_requests(tiny_llm):
-    for requests, slots in ((1, 1), (3, 4), (8, 8), (1, 1), (2, 2)):
+def test_a_launch_is_as_wide_as_the_requests_that_run(tiny_llm, monkeypatch):
+    widths = []
+    decode = tiny_llm.engine.runner.decode
+    monkeypatch.setattr(
+        tiny_llm.engine.runner, "decode", lambda orders, *rest: widths.append(len(orders)) or decode(orders, *rest)
+    )
+    for requests, width in ((1, 1), (3, 4), (8, 8), (1, 1), (2, 2)):
+        widths.clear()
         tiny_llm.generate([ids(5)] * requests, max_tokens=9, ignore_eos=True)
-        assert tiny_llm.engine.slots == slots
+        assert max(widths) == width
+    widths.clear()
+    lengths = [4] * 7 + [60]
+    sequences = [tiny_llm.prepare(ids(5), SamplingParams(max_tokens=n, ignore_eos=True)).sequence for n in lengths]
+    assert sum(len(chunk.tokens) for _, chunk in tiny_llm.engine.run(sequences)) == sum(lengths)
+    assert (max(widths), widths[-1]) == (8, 1)
 
 
 def test_a_request_that_its_caller_ends_lets_the_others_go_on(tiny_llm):
@@ -153,9 +163,11 @@ def test_what_an_earlier_request_left_in_a_page_reaches_no_later_one(tiny_llm):
     prompt = ids(21)
     expected = tiny_llm.logits(prompt)
     runner = tiny_llm.engine.runner
+    tiny_llm.engine._scheduler.pages.forget()
     runner._cache = jax.tree.map(lambda pages: pages * np.nan, runner._cache)
     np.testing.assert_array_equal(tiny_llm.logits(prompt), expected)
     (answer,) = tiny_llm.generate([prompt], max_tokens=9, ignore_eos=True)
+    tiny_llm.engine._scheduler.pages.forget()
     runner._cache = runner._make_cache()
     (again,) = tiny_llm.generate([prompt], max_tokens=9, ignore_eos=True)
     assert answer.token_ids == again.token_ids

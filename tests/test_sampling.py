@@ -12,23 +12,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
-from fusedllm.engine.programs import empty_slots
+from fusedllm.engine.slots import empty_seats
 from fusedllm.errors import RequestError
 from fusedllm.kernels import draw
 from fusedllm.model import sampling
-from fusedllm.model.sampling import SamplingState, adjust, logprobs
+from fusedllm.model.sampling import SamplingState, Seen, adjust, logprobs
 
-# Not traced anew for every example.
-sample = jax.jit(sampling.sample)
+
+@jax.jit
+def sample(logits, parameters, count, seen=None):
+    """`sampling.sample` of rows in seats of the same number, without a grammar. Not traced anew for every example."""
+    batch, vocab = logits.shape
+    anything = jnp.zeros((batch, -(-vocab // 32)), jnp.uint32)
+    return sampling.sample(
+        logits, parameters, seen or unseen(vocab, batch), jnp.arange(batch), count, anything, jnp.zeros(batch, bool)
+    )
+
+
 draw_from_row = jax.jit(draw._draw_from_row)
 draw_from_candidates = jax.jit(draw._draw_from_candidates)
 
 
 def state(vocab, batch=1, **values) -> SamplingState:
     config = ModelConfig("llama", vocab, 8, 8, 1, 1, 1, 8, 16)
-    made = empty_slots(config, batch, 1, 1).sampling
+    made = empty_seats(config, batch, 1, 1).slots.sampling
     changes = {name: jnp.asarray(value, getattr(made, name).dtype) for name, value in values.items()}
     return made.replace(**changes)
+
+
+def unseen(vocab, batch=1, **values) -> Seen:
+    made = Seen(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
+    return made.replace(**{name: jnp.asarray(value, getattr(made, name).dtype) for name, value in values.items()})
 
 
 def allowed(logits, temperature, top_k, top_p, min_p):
@@ -140,11 +154,51 @@ def test_penalties_and_bias_are_what_their_definitions_say():
     logits = jnp.asarray([[2.0, -2.0, 1.0, 0.5, 0.0]])
     parameters = state(
         5, repetition_penalty=[2.0], presence_penalty=[0.25], frequency_penalty=[0.5],
-        in_prompt=[[True, True, False, False, False]], output_counts=[[0, 0, 3, 0, 0]],
         bias_ids=[[4] + [0] * 299], bias_values=[[7.0] + [0.0] * 299],
     )  # fmt: skip
+    seen = unseen(5, in_prompt=[[True, True, False, False, False]], output_counts=[[0, 0, 3, 0, 0]])
     expected = [[1.0, -4.0, 0.5 - 0.25 - 1.5, 0.5, 7.0]]
-    np.testing.assert_allclose(adjust(logits, parameters), expected)
+    np.testing.assert_allclose(adjust(logits, parameters, seen), expected)
+
+
+def test_penalties_are_those_of_the_seat_that_a_row_names():
+    logits = jnp.asarray([[3.0, 2.0], [3.0, 2.0]])
+    parameters = state(2, 2, repetition_penalty=[4.0, 4.0])
+    seen = unseen(2, 3, in_prompt=[[True, False], [False, False], [False, False]])
+    nothing = jnp.zeros((2, 1), jnp.uint32)
+    drawn = sampling.sample(
+        logits, parameters, seen, jnp.asarray([2, 0]), jnp.zeros(2, jnp.int32), nothing, jnp.zeros(2, bool)
+    )
+    assert drawn.tolist() == [0, 1]
+
+
+@settings(max_examples=40)
+@given(
+    vocab=st.sampled_from([5, 32, 33, 700]),
+    temperature=st.sampled_from([0.0, 0.01, 1.0, 50.0]),
+    bias=st.sampled_from([0.0, 1e6]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_constrained_row_draws_what_its_mask_allows_and_another_as_ever(vocab, temperature, bias, seed):
+    rng = np.random.default_rng(seed)
+    allows = rng.random(vocab) < 0.2
+    allows[rng.integers(vocab)] = True
+    padded = np.zeros(-(-vocab // 32) * 32, bool)
+    padded[:vocab] = allows
+    words = np.packbits(padded, bitorder="little").view(np.uint32)
+    logits = jnp.asarray(rng.standard_normal((2, vocab)) * 20, jnp.float32)
+    forbidden = int(np.argmin(allows))
+    parameters = state(
+        vocab, 2, temperature=[temperature] * 2, key=rng.integers(0, 2**32, (2, 2), dtype=np.uint32),
+        bias_ids=[[forbidden] + [0] * 299] * 2, bias_values=[[bias] + [0.0] * 299] * 2,
+    )  # fmt: skip
+    count = jnp.asarray([3, 4])
+    drawn = sampling.sample(
+        logits, parameters, unseen(vocab, 2), jnp.arange(2), count, jnp.asarray(np.tile(words, (2, 1))),
+        jnp.asarray([True, False]),
+    )  # fmt: skip
+    assert allows[int(drawn[0])]
+    assert int(drawn[1]) == int(sample(logits, parameters, count)[1])
 
 
 def test_a_bias_can_forbid_and_force():

@@ -24,6 +24,9 @@ class EngineConfig:
       batch_buckets: numbers of slots of decode programs, ascending.
       decode_steps: the most tokens a slot gets in one launch.
       latency_seconds: how long a launch of decode steps should take, so that a stream looks alive.
+      token_budget: prompt tokens that are computed between two decode steps while requests decode.
+      prefix_cache: whether prompts that begin alike share pages.
+      max_queue: requests that may wait; `None` is any number.
 
     Raises:
       RequestError: sizes that contradict one another.
@@ -36,13 +39,18 @@ class EngineConfig:
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     decode_steps: int = 16
     latency_seconds: float = 0.1
+    token_budget: int = 256
+    prefix_cache: bool = True
+    max_queue: int | None = None
 
     def __post_init__(self) -> None:
         if not self.cache_tokens:
             object.__setattr__(self, "cache_tokens", self.max_context)
-        for name in ("max_context", "page_size", "cache_tokens", "decode_steps"):
+        for name in ("max_context", "page_size", "cache_tokens", "decode_steps", "token_budget"):
             if not _is_count(getattr(self, name)):
                 raise RequestError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
+        if self.max_queue is not None and not _is_count(self.max_queue):
+            raise RequestError(f"max_queue must be an integer of at least 1, or None, got {self.max_queue!r}.")
         if not self.latency_seconds > 0:
             raise RequestError(f"latency_seconds must be a positive number, got {self.latency_seconds!r}.")
         if self.cache_tokens < self.max_context:
@@ -55,6 +63,11 @@ class EngineConfig:
             object.__setattr__(self, name, buckets)
             if not buckets or not all(map(_is_count, buckets)) or list(buckets) != sorted(set(buckets)):
                 raise RequestError(f"{name} must be ascending positive integers, got {buckets!r}.")
+        if self.token_budget < self.prefill_buckets[0]:
+            raise RequestError(
+                f"token_budget must hold the smallest of prefill_buckets, {self.prefill_buckets[0]}, "
+                f"got {self.token_budget}."
+            )
         if any(bucket % self.page_size for bucket in self.prefill_buckets):
             raise RequestError(
                 f"prefill_buckets must be multiples of page_size ({self.page_size}), got {self.prefill_buckets!r}."
@@ -69,6 +82,11 @@ class EngineConfig:
     def num_pages(self) -> int:
         """Physical pages of the cache, the null page included."""
         return -(-self.cache_tokens // self.page_size) + 1
+
+    @property
+    def new_pages(self) -> int:
+        """The most pages that a request can begin to use in one launch of decode steps."""
+        return -(-self.decode_steps // self.page_size) + 1
 
     @property
     def max_batch(self) -> int:

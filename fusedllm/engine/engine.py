@@ -1,9 +1,10 @@
-"""`Engine`: the loop from requests to tokens. Requests take turns in slots; launches run ahead of what is read."""
+"""`Engine`: requests in, tokens out. Whoever waits drives it, or a thread of its own."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,17 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from fusedllm.config import SamplingParams
-from fusedllm.engine import request as engine_request
-from fusedllm.engine.pages import PagePool
-from fusedllm.engine.programs import NO_TOKEN, StepOutputs
-from fusedllm.engine.request import Chunk, TokenLogprob
+from fusedllm.engine.flights import Flights
+from fusedllm.engine.request import Chunk, Constraint, FinishReason
+from fusedllm.engine.request import Sequence as Request
 from fusedllm.engine.runner import Runner
+from fusedllm.engine.scheduler import SCORED_CHUNK, Scheduler
 from fusedllm.engine.stats import EngineStats
-from fusedllm.errors import ContextLengthError, EngineStoppedError, RequestError
-from fusedllm.model.sampling import Logprobs
+from fusedllm.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
 
-# Steps of the first decode launch, before the time of one step is known.
-FIRST_STEPS = 4
+logger = logging.getLogger(__name__)
 
 # Takes a request's chunks as they come.
 Deliver = Callable[[Chunk], None]
@@ -29,53 +28,131 @@ Deliver = Callable[[Chunk], None]
 # One launch runs, one is queued behind it.
 LAUNCHES_AHEAD = 1
 
+# Far from where the arithmetic of waiting times ends.
+MAX_PRIORITY = 1_000_000
 
-class _Launch:
-    """A launch whose tokens have not been read, with who sat in which slot when it was launched."""
-
-    def __init__(self, outputs: StepOutputs, seats: Sequence[engine_request.Sequence | None]) -> None:
-        self.outputs = outputs
-        self.seats = tuple(seats)
+# How long the thread sleeps at most while requests wait that have a deadline.
+DEADLINE_SECONDS = 0.1
 
 
 class Engine:
-    """Runs requests on a `Runner`, several at a time, in the order they came.
+    """Runs requests on a `Runner`, as many at a time as have seats and pages.
 
-    Any number of `run` iterators may be open at once. The number of slots is chosen when the first of them starts; a
-    request that finds all of them taken waits for one.
+    Any number of `run` iterators may be open at once, each of which drives the engine while it waits. After `start` a
+    thread does, and `submit` takes requests from any thread.
     """
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.config = runner.engine
-        self._pool = PagePool(self.config.num_pages)
-        self._waiting: collections.deque[engine_request.Sequence] = collections.deque()
-        self._seats: list[engine_request.Sequence | None] = []
-        self._launches: collections.deque[_Launch] = collections.deque()
-        self._chunks: dict[engine_request.Sequence, list[Chunk]] = {}
-        self._deliver: dict[engine_request.Sequence, Deliver] = {}
-        self._inbox: list[tuple[engine_request.Sequence, Deliver]] = []
+        self.failed_steps = 0
+        self._scheduler = Scheduler(self.config)
+        self._flights = Flights(runner, self._scheduler, self._delivered)
+        self._deliver: dict[Request, Deliver] = {}
+        self._lock = threading.RLock()
+        # What other threads ask for, until the next step takes it; and what wakes the thread.
+        self._inbox: list[tuple[Request, Deliver]] = []
+        self._cancelled: list[Request] = []
         self._arrived = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._step_seconds: float | None = None
-        self._last_read = 0.0
-        self._lock = threading.RLock()
+        # Whether the device state was lost and could not be made anew.
+        self._broken = False
 
     @property
     def pages_in_use(self) -> int:
         """Pages of the KV cache that requests hold."""
-        return self._pool.in_use
+        return self._scheduler.pages.in_use
 
-    @property
-    def slots(self) -> int:
-        """How many requests decode together in the latest launches; 0 before the first."""
-        return len(self._seats)
+    def prepare(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Request:
+        """A validated request, ready for `run` or `submit`. `max_tokens` is cut to what the context leaves.
+
+        The options are attributes of `fusedllm.engine.request.Sequence`.
+
+        Raises:
+          RequestError: an empty prompt, an id outside the vocabulary, or an option out of range.
+          ContextLengthError: a prompt that leaves no room for a token.
+        """
+        model = self.runner.config
+        self._check_ids(prompt)
+        if len(prompt) >= self.config.max_context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.config.max_context} with at least one "
+                f"of them for the answer; shorten it or raise max_context (the model allows {model.max_position})."
+            )
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            for token in tokens:
+                if not 0 <= token < model.vocab_size:
+                    raise RequestError(f"{name} names token {token}, the vocabulary has {model.vocab_size}.")
+        if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise RequestError(f"priority must be an integer of at most {MAX_PRIORITY} either way, got {priority!r}.")
+        if prompt_logprobs is not None and not 0 <= prompt_logprobs <= SamplingParams.MAX_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs must be from 0 to {SamplingParams.MAX_LOGPROBS}, got {prompt_logprobs!r}."
+            )
+        stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(model.eos_token_ids))
+        return Request(
+            prompt=tuple(prompt),
+            sampling=sampling,
+            stop_ids=frozenset(stop_ids),
+            budget=min(sampling.max_tokens, self.config.max_context - len(prompt)),
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
+            constraint=constraint,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def run(self, sequences: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
+        """Yields `(index into sequences, chunk)` as tokens arrive. Closing the iterator cancels what is unfinished."""
+        arrived: queue.SimpleQueue[tuple[int, Chunk]] = queue.SimpleQueue()
+        for index, sequence in enumerate(sequences):
+            self._add(sequence, lambda chunk, index=index: arrived.put((index, chunk)))  # type: ignore[misc]
+        try:
+            # A caller may have ended one of them at a chunk that it was given before.
+            while not arrived.empty() or not all(sequence.finished for sequence in sequences):
+                if arrived.empty() and not self.alive:
+                    with self._lock:
+                        if arrived.empty():
+                            self._step()
+                    continue
+                with contextlib.suppress(queue.Empty):
+                    yield arrived.get(timeout=DEADLINE_SECONDS)
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+
+    def warm_up(self, on_program: Callable[[str], object] = lambda name: None) -> None:
+        """Compiles every program that answering needs; `on_program` hears of each before. See `Runner.warm_up`.
+
+        Raises:
+          RequestError: requests are running; their seats are what the programs would be tried on.
+        """
+        with self._lock:
+            if self._scheduler.num_running:
+                raise RequestError("requests are running; warm up before the first, or after the last has ended.")
+            with self._abandoning():
+                self._flights.clear()
+                self.runner.warm_up(on_program)
+                on_program("log-probabilities of the prompt")
+                self.runner.warm_up_scores(SCORED_CHUNK)
 
     def start(self) -> None:
         """Runs requests in a thread of its own until `stop`; `submit` needs it."""
-        self._thread = threading.Thread(target=self._serve, name="fusedllm-engine", daemon=True)
-        self._thread.start()
+        if not self.alive:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._serve, name="fusedllm-engine", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread; what is in flight ends as cancelled."""
@@ -90,7 +167,7 @@ class Engine:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, sequence: engine_request.Sequence, deliver: Deliver) -> None:
+    def submit(self, sequence: Request, deliver: Deliver) -> None:
         """Queues a request; `deliver` gets its chunks, in the engine's thread, and must not wait. Safe in any thread.
 
         Raises:
@@ -99,119 +176,42 @@ class Engine:
         """
         with self._arrived:
             if self._stopping or not self.alive:
-                raise EngineStoppedError("the engine has stopped.")
+                raise EngineStoppedError("the engine has stopped; start the server anew.")
+            most = self.config.max_queue
+            waiting = self._scheduler.num_waiting + len(self._inbox)
+            if most is not None and waiting >= most + self._free_seats:
+                raise QueueFullError(f"{waiting} requests wait already, and {most} may; try again later.")
             self._inbox.append((sequence, deliver))
             self._arrived.notify()
 
-    def stats(self) -> EngineStats:
-        """Counters and gauges, as of now."""
-        running = sum(seat is not None for seat in self._seats)
-        return EngineStats(
-            num_running=running,
-            num_waiting=len(self._waiting) + len(self._inbox),
-            pages_in_use=self._pool.in_use,
-            pages_total=self.config.num_pages - 1,
-        )
-
-    def _serve(self) -> None:
-        while True:
-            with self._arrived:
-                while not self._inbox and not self._deliver and not self._stopping:
-                    self._arrived.wait()
-                if self._stopping:
-                    return
-                arrived, self._inbox = self._inbox, []
+    def cancel(self, sequence: Request) -> None:
+        """Ends a request; its pages are free when the next step begins, or now if nobody steps. Safe in any thread."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "cancelled"
+        with self._arrived:
+            self._cancelled.append(sequence)
+            self._arrived.notify()
+        if not self.alive or threading.current_thread() is self._thread:
             with self._lock:
-                for sequence, deliver in arrived:
-                    self._deliver[sequence] = deliver
-                    self._waiting.append(sequence)
-                self._step()
-                for sequence in [s for s in self._deliver if s.finished]:
-                    del self._deliver[sequence]
+                self._take_in()
 
-    def prepare(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
-        constraint: engine_request.Constraint | None = None,
-        prompt_logprobs: int | None = None,
-    ) -> engine_request.Sequence:
-        """A validated request, ready for `run` or `submit`. `max_tokens` is cut to what the context leaves.
-
-        The options are attributes of `Sequence`.
-
-        Raises:
-          RequestError: an empty prompt, or an id outside the vocabulary.
-          ContextLengthError: a prompt that leaves no room for a token.
-        """
-        model = self.runner.config
-        self._check_ids(prompt)
-        if len(prompt) >= self.config.max_context:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.config.max_context} with at least one "
-                f"of them for the answer; shorten it or raise max_context (the model allows {model.max_position})."
-            )
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            for token in tokens:
-                if not 0 <= token < model.vocab_size:
-                    raise RequestError(f"{name} names token {token}, the vocabulary has {model.vocab_size}.")
-        stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(model.eos_token_ids))
-        return engine_request.Sequence(
-            prompt=tuple(prompt),
-            sampling=sampling,
-            stop_ids=frozenset(stop_ids),
-            budget=min(sampling.max_tokens, self.config.max_context - len(prompt)),
-            priority=priority,
-            deadline=deadline,
-            cache_salt=cache_salt,
-            constraint=constraint,
-            prompt_logprobs=prompt_logprobs,
+    def stats(self) -> EngineStats:
+        """Counters and gauges, as of now. Safe in any thread, and waits for nobody."""
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting + len(self._inbox),
+            pages_in_use=scheduler.pages.in_use,
+            pages_cached=scheduler.pages.cached,
+            pages_total=self.config.num_pages - 1,
+            prefix_queries=counts["prefix_queries"],
+            prefix_hits=counts["prefix_hits"],
+            preemptions=counts["preemptions"],
+            prompt_tokens=counts["prompt_tokens"],
+            generated_tokens=counts["generated_tokens"],
+            finished=scheduler.finished.copy(),
+            failed_steps=self.failed_steps,
         )
-
-    def run(self, sequences: Sequence[engine_request.Sequence]) -> Iterator[tuple[int, Chunk]]:
-        """Yields `(index into sequences, chunk)` as tokens arrive. Closing the iterator cancels what is unfinished."""
-        with self._lock:
-            for sequence in sequences:
-                self._chunks[sequence] = []
-                self._waiting.append(sequence)
-        unfinished = list(range(len(sequences)))
-        try:
-            while unfinished:
-                with self._lock:
-                    arrived = [(index, chunk) for index in unfinished for chunk in self._collect(sequences[index])]
-                    # A caller may have ended one of them at a chunk that it was given before.
-                    unfinished = [index for index in unfinished if not sequences[index].finished]
-                    if not arrived and unfinished:
-                        self._step()
-                yield from arrived
-        finally:
-            for sequence in sequences:
-                self.cancel(sequence)
-                self._chunks.pop(sequence, None)
-
-    def warm_up(self, on_program: Callable[[str], object] = lambda name: None) -> None:
-        """Compiles every program that answering needs; `on_program` hears of each before. See `Runner.warm_up`.
-
-        Raises:
-          RequestError: requests are running; their slots are what the programs would be tried on.
-        """
-        with self._lock:
-            if any(self._seats):
-                raise RequestError("requests are running; warm up before the first, or after the last has ended.")
-            with self._abandoning():
-                self._launches.clear()
-                self.runner.warm_up(on_program)
-
-    def cancel(self, sequence: engine_request.Sequence) -> None:
-        """Ends a request now; its pages are free at once (later launches write to them only what they own)."""
-        with self._lock:
-            if not sequence.finished:
-                sequence.finish_reason = "cancelled"
-            self._retire(sequence)
 
     def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
         """Logits at every position, float32 `[seq, vocab]`; `chunk` sets the prefill's chunk length.
@@ -222,129 +222,132 @@ class Engine:
         """
         if chunk is not None and chunk < 1:
             raise RequestError(f"chunk must be at least 1, got {chunk}.")
-        with self._lock:
-            pages = self._pages_for(ids)
-            try:
-                with self._abandoning():
-                    return self.runner.logits(ids, pages, chunk and min(chunk, self.config.max_context))
-            finally:
-                self._pool.give_back(pages)
+        with self._evaluating(ids) as pages:
+            return self.runner.logits(ids, pages, chunk and min(chunk, self.config.max_context))
 
     def score(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probability of each of `ids[1:]` given those before it, float32 `[seq - 1]`; raises as `logits` does."""
-        with self._lock:
-            pages = self._pages_for(ids)
-            try:
-                with self._abandoning():
-                    return self.runner.score(ids, pages)
-            finally:
-                self._pool.give_back(pages)
+        with self._evaluating(ids) as pages:
+            return self.runner.score(ids, pages)
 
-    def _collect(self, sequence: engine_request.Sequence) -> list[Chunk]:
-        chunks, self._chunks[sequence] = self._chunks[sequence], []
-        return chunks
+    @property
+    def _free_seats(self) -> int:
+        return self.config.max_batch - self._scheduler.num_running
+
+    def _serve(self) -> None:
+        try:
+            while self._sleep() and not self._broken:
+                try:
+                    with self._lock:
+                        self._step()
+                except Exception:
+                    # The requests that were part of it have ended; the others go on.
+                    logger.exception("a step failed")
+        finally:
+            with self._lock:
+                self._take_in()
+                for sequence in self._scheduler.sequences():
+                    self._end(sequence, "cancelled" if self._stopping else "error")
+                self._flights.clear()
+
+    def _sleep(self) -> bool:
+        """Waits until there is something to do; no once the thread is to end."""
+        with self._arrived:
+            while not (self._stopping or self._inbox or self._cancelled or self._scheduler.sequences()):
+                self._arrived.wait()
+            return not self._stopping
+
+    def _add(self, sequence: Request, deliver: Deliver) -> None:
+        with self._arrived:
+            self._inbox.append((sequence, deliver))
+            self._arrived.notify()
+
+    def _take_in(self) -> None:
+        """Does what other threads have asked for."""
+        with self._arrived:
+            arrived, self._inbox = self._inbox, []
+            cancelled, self._cancelled = self._cancelled, []
+        for sequence, deliver in arrived:
+            if not sequence.finished:
+                self._deliver[sequence] = deliver
+                self._scheduler.add(sequence)
+        for sequence in cancelled:
+            self._end(sequence, "cancelled")
+        for sequence in self._scheduler.overdue(time.perf_counter()):
+            self._end(sequence, "deadline")
+
+    def _end(self, sequence: Request, reason: FinishReason) -> None:
+        """Ends a request for a reason outside of it; who waits for it hears of that, unless it was they."""
+        told = sequence.finished
+        self._scheduler.end(sequence, reason)
+        if told:
+            self._deliver.pop(sequence, None)
+        else:
+            self._delivered(sequence, Chunk((), (), reason))
+
+    def _delivered(self, sequence: Request, chunk: Chunk) -> None:
+        deliver = self._deliver.pop(sequence, None) if sequence.finished else self._deliver.get(sequence)
+        if deliver is not None:
+            deliver(chunk)
 
     def _step(self) -> None:
-        """Admits who fits, launches the next tokens, and reads what was launched before."""
+        """Launches what comes next, and reads what was launched before."""
         with self._abandoning():
-            self._admit()
-            if any(self._seats):
-                if not self.runner.has_decoded(len(self._seats)):
-                    # Its program is yet to be made: those who have their first token should not wait for that.
-                    while self._launches:
-                        self._read(self._launches.popleft())
-                    if any(self._chunks.values()):
-                        return
-                self._launch_decode()
-            while len(self._launches) > (LAUNCHES_AHEAD if any(self._seats) else 0):
-                self._read(self._launches.popleft())
+            self._take_in()
+            decoding = self._scheduler.num_decoding
+            if self._scheduler.constrained:
+                self._read_all()
+            elif decoding and len(self._flights) and not self.runner.has_decoded(decoding):
+                # Its program is yet to be made: those who have their first token should not wait for that.
+                self._read_all()
+                return
+            plan = self._scheduler.plan(self._flights.steps)
+            if plan is not None:
+                self._flights.launch(plan)
+            while len(self._flights) > (LAUNCHES_AHEAD if plan is not None else 0):
+                self._flights.read()
 
-    def _admit(self) -> None:
-        if not any(self._seats) and self._waiting:
-            self._seats = [None] * self.config.batch_bucket(len(self._waiting))
-        while self._waiting and None in self._seats:
-            sequence = self._waiting[0]
-            needed = -(-(len(sequence.prompt) + sequence.budget) // self.config.page_size)
-            if needed > self._pool.free:
-                break
-            self._waiting.popleft()
-            sequence.pages = self._pool.take(needed)
-            slot = self._seats.index(None)
-            self._seats[slot] = sequence
-            sequence.timings.prefill_started = time.perf_counter()
-            compiled = self.runner.compile_seconds
-            hidden = self.runner.prefill(sequence.prompt, sequence.pages)
-            outputs = self.runner.admit(len(self._seats), slot, sequence, hidden)
-            sequence.timings.compile_seconds = self.runner.compile_seconds - compiled
-            self._launches.append(_Launch(outputs, [sequence]))
-
-    def _launch_decode(self) -> None:
-        steps = FIRST_STEPS
-        if self._step_seconds:
-            steps = round(self.config.latency_seconds / self._step_seconds)
-        keep = [seat is not None for seat in self._seats]
-        steps = max(1, min(steps, self.config.decode_steps))
-        self._launches.append(_Launch(self.runner.decode(len(self._seats), keep, steps), self._seats))
-
-    def _read(self, launch: _Launch) -> None:
-        wants = [seat for seat in launch.seats if seat and seat.sampling.logprobs is not None and not seat.finished]
-        tokens, logprobs = self.runner.fetch(launch.outputs, logprobs=bool(wants))
-        self._measure(tokens)
-        for slot, sequence in enumerate(launch.seats):
-            made = tokens[:, slot] != NO_TOKEN
-            if sequence is None or sequence.finished or not made.any():
-                continue
-            ids = tuple(int(token) for token in tokens[made, slot])
-            details = _token_logprobs(sequence, ids, logprobs, made, slot)
-            chunk = sequence.accept(ids, details)
-            if sequence in self._chunks:
-                self._chunks[sequence].append(chunk)
-            if sequence in self._deliver:
-                self._deliver[sequence](chunk)
-            if sequence.finished:
-                self._retire(sequence)
-
-    def _measure(self, tokens: np.ndarray) -> None:
-        """Keeps a running estimate of one decode step's time, from the time between two reads."""
-        now = time.perf_counter()
-        steps = int((tokens != NO_TOKEN).any(axis=1).sum())
-        if tokens.shape[0] > 1 and steps:
-            seconds = (now - self._last_read) / steps
-            self._step_seconds = min(seconds, 2 * (self._step_seconds or seconds))
-        self._last_read = now
-
-    def _retire(self, sequence: engine_request.Sequence) -> None:
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        if sequence in self._seats:
-            self._seats[self._seats.index(sequence)] = None
-        if sequence.pages:
-            self._pool.give_back(sequence.pages)
-            sequence.pages = ()
+    def _read_all(self) -> None:
+        while len(self._flights):
+            self._flights.read()
 
     @contextlib.contextmanager
     def _abandoning(self) -> Iterator[None]:
-        """After a failed or interrupted launch nothing on the device is trusted: every request in flight ends."""
+        """After a failed or interrupted launch nothing on the device is trusted: every request that ran ends."""
         try:
             yield
-        except BaseException:
-            for sequence in [*self._waiting, *filter(None, self._seats)]:
-                self.cancel(sequence)
-            self._launches.clear()
+        except BaseException as error:
+            failed = isinstance(error, Exception)
+            self.failed_steps += failed
+            self._flights.clear()
+            # Where nobody ran, it is the planning that fails, and would fail again.
+            for sequence in self._scheduler.sequences(running=True) or self._scheduler.sequences():
+                self._end(sequence, "error" if failed else "cancelled")
+            self._scheduler.pages.forget()
+            self._broken = True
             self.runner.recover()
+            self._broken = False
             raise
 
-    def _pages_for(self, ids: Sequence[int]) -> tuple[int, ...]:
+    @contextlib.contextmanager
+    def _evaluating(self, ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """The pages for `ids`, while nobody else launches."""
         self._check_ids(ids)
         if len(ids) > self.config.max_context:
             raise ContextLengthError(f"{len(ids)} tokens were given, the context holds {self.config.max_context}.")
         needed = -(-len(ids) // self.config.page_size)
-        if needed > self._pool.free:
-            raise RequestError(
-                f"{len(ids)} tokens need {needed} pages of the KV cache, and running requests leave {self._pool.free}; "
-                "let them end first, or load the model with more cache_tokens."
-            )
-        return self._pool.take(needed)
+        with self._lock:
+            if needed > self._scheduler.pages.free:
+                raise RequestError(
+                    f"{len(ids)} tokens need {needed} pages of the KV cache, and running requests leave "
+                    f"{self._scheduler.pages.free}; let them end first, or load the model with more cache_tokens."
+                )
+            pages = self._scheduler.pages.take(needed)
+            try:
+                with self._abandoning():
+                    yield pages
+            finally:
+                self._scheduler.pages.give_back(pages)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         vocab = self.runner.config.vocab_size
@@ -353,18 +356,3 @@ class Engine:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
                 raise RequestError(f"token ids must be integers from 0 to {vocab - 1}, got {token!r}.")
-
-
-def _token_logprobs(
-    sequence: engine_request.Sequence, ids: Sequence[int], logprobs: Logprobs | None, made: np.ndarray, slot: int
-) -> tuple[TokenLogprob, ...]:
-    count = sequence.sampling.logprobs
-    if count is None or logprobs is None:
-        return ()
-    chosen = logprobs.chosen[made, slot]
-    top_ids = logprobs.top_ids[made, slot, :count]
-    top = logprobs.top[made, slot, :count]
-    return tuple(
-        TokenLogprob(token, float(own), tuple((int(i), float(p)) for i, p in zip(others, values, strict=True)))
-        for token, own, others, values in zip(ids, chosen, top_ids, top, strict=True)
-    )

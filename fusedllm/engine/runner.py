@@ -17,12 +17,19 @@ from fusedllm.config import ModelConfig, SamplingParams
 from fusedllm.engine import request as engine_request
 from fusedllm.engine.compile_guard import compile_is_forbidden
 from fusedllm.engine.config import EngineConfig, split_into_chunks
-from fusedllm.engine.programs import NO_TOKEN, Programs, SlotState, StepOutputs, empty_slots
+from fusedllm.engine.programs import Programs
+from fusedllm.engine.slots import NO_TOKEN, Seats, SlotState, StepOutputs, empty_seats, mask_words
 from fusedllm.errors import CompileForbiddenError, RequestError
 from fusedllm.model.cache import NULL_PAGE, KVCache, empty_cache
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
-from fusedllm.model.sampling import Logprobs, SamplingState
+from fusedllm.model.sampling import Logprobs, SamplingState, Seen
+
+# Every token of a word is allowed.
+ALL_BITS = 0xFFFFFFFF
+
+# Where a row of orders has no further page.
+NO_PAGE = -1
 
 
 @dataclass(slots=True)
@@ -61,11 +68,11 @@ class Runner:
         self._head = replace(params, layers=())
         self._stops = SamplingParams.MAX_STOP_TOKEN_IDS + max(len(config.eos_token_ids), 1)
         self._compiled: set[str] = set()
-        self._slots: dict[int, SlotState] = {}
         programs = Programs(config, placement, jnp.dtype(dtype), implementation)
         self._prefill = jax.jit(programs.prefill, donate_argnums=1)
         self._logits = jax.jit(programs.logits, donate_argnums=1)
         self._score = jax.jit(programs.score, donate_argnums=1)
+        self._prefill_scored = jax.jit(programs.prefill_scored, donate_argnums=1)
         self._admit = jax.jit(programs.admit, donate_argnums=1)
         self._decode = jax.jit(functools.partial(programs.decode, most=engine.decode_steps), donate_argnums=(1, 2))
         # Where the parameters are, and bound to it: a program is compiled once for state that is bound to a place and
@@ -74,22 +81,31 @@ class Runner:
         self._empty_cache = jax.jit(
             functools.partial(empty_cache, config, engine.num_pages, engine.page_size, cache_dtype), out_shardings=home
         )
-        self._empty_slots = jax.jit(
-            lambda batch: empty_slots(config, batch, engine.table_entries, self._stops),
-            static_argnums=0,
-            out_shardings=home,
+        self._empty_seats = jax.jit(
+            lambda: empty_seats(config, engine.max_batch, engine.table_entries, self._stops), out_shardings=home
         )
         # On the device already, so that an ordinary admission does not send a row of the vocabulary.
         self._no_token, self._no_count = (
             jax.device_put(np.zeros((1, config.vocab_size), dtype), home) for dtype in (np.bool_, np.int32)
         )
+        # What allows everything, for launches without a grammar.
+        self._words = mask_words(config)
+        self._all_allowed = {
+            batch: jax.device_put(self.all_allowed(batch), home) for batch in {1, *engine.batch_buckets}
+        }
         self._cache: KVCache = self._make_cache()
+        self._seats: Seats = self._empty_seats()
 
-    def recover(self) -> None:
-        """Makes the device state anew where an interrupted launch has taken it with it. Requests in flight are lost."""
-        if any(array.is_deleted() for array in jax.tree.leaves((self._cache, self._slots))):
+    def recover(self) -> bool:
+        """Makes the device state anew where an interrupted launch has taken it with it; whether it had.
+
+        Requests in flight are lost then, and what the pages held.
+        """
+        lost = any(array.is_deleted() for array in jax.tree.leaves((self._cache, self._seats)))
+        if lost:
             self._cache = self._make_cache()
-            self._slots.clear()
+            self._seats = self._empty_seats()
+        return lost
 
     def _make_cache(self) -> KVCache:
         try:
@@ -101,20 +117,24 @@ class Runner:
                 "max_context or cache_tokens."
             ) from error
 
-    def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> jax.Array:
-        """Writes `ids` into `pages`; the last token's hidden state, for `admit`."""
-        table = self._table(pages)
-        position, hidden = 0, None
-        for length, bucket in split_into_chunks(len(ids), self.engine.prefill_buckets):
-            tokens = _padded(ids[position : position + length], bucket)[None]
-            start = np.asarray([position], np.int32)
-            hidden, self._cache = self._launch(
-                f"prefill of {bucket} tokens", self._prefill,
-                self._params, self._cache, tokens, start, table, np.int32(length - 1),
-            )  # fmt: skip
-            position += length
-        assert hidden is not None
-        return hidden
+    def prefill(
+        self, ids: Sequence[int], position: int, bucket: int, pages: Sequence[int], targets: Sequence[int] | None = None
+    ) -> tuple[jax.Array, Logprobs | None]:
+        """Writes `ids`, at most `bucket`, into `pages` from `position` on.
+
+        Returns:
+          The last token's hidden state, for `admit`, and the log-probabilities of `targets` where there are any.
+        """
+        arguments = (
+            self._params, self._cache, _padded(ids, bucket)[None], np.asarray([position], np.int32),
+            self._table(pages), np.int32(len(ids) - 1),
+        )  # fmt: skip
+        if targets is None:
+            hidden, self._cache = self._launch(f"prefill of {bucket} tokens", self._prefill, *arguments)
+            return hidden, None
+        name = f"scored prefill of {bucket} tokens"
+        hidden, scores, self._cache = self._launch(name, self._prefill_scored, *arguments, _padded(targets, bucket))
+        return hidden, scores
 
     def logits(self, ids: Sequence[int], pages: Sequence[int], chunk: int | None) -> np.ndarray:
         """Every row of logits, float32 `[seq, vocab]`; `chunk` overrides the buckets."""
@@ -143,26 +163,46 @@ class Runner:
             out[part] = self._to_host(scores)[:length]
         return out
 
-    def admit(self, batch: int, slot: int, sequence: engine_request.Sequence, hidden: jax.Array) -> StepOutputs:
-        """Draws the sequence's first token and puts it into `slot` of the `batch` slots."""
-        slots, outputs = self._launch(
-            f"admission to {batch} slots", self._admit,
-            self._head, self._slots_of(batch), np.int32(slot), self._describe(sequence), hidden,
-        )  # fmt: skip
-        self._slots[batch] = slots
+    def admit(
+        self, seat: int, sequence: engine_request.Sequence, ids: Sequence[int], pages: Sequence[int], hidden: jax.Array
+    ) -> StepOutputs:
+        """Draws the next token of a sequence whose tokens so far are `ids`, and puts it into `seat`."""
+        allowed: Any = self._all_allowed[1]
+        if sequence.constraint is not None:
+            allowed = sequence.constraint.mask()[None].copy()
+        request = self._describe(sequence, ids, pages)
+        self._seats, outputs = self._launch(
+            "admission", self._admit, self._head, self._seats, np.int32(seat), request, hidden, allowed
+        )
         return outputs
 
-    def decode(self, batch: int, keep: Sequence[bool], steps: int) -> StepOutputs:
-        """Makes up to `steps` tokens in each of the `batch` slots that is active and in `keep`."""
-        self._cache, self._slots[batch], outputs = self._launch(
-            _decode_name(batch), self._decode,
-            self._params, self._cache, self._slots_of(batch), np.asarray(keep, np.bool_), np.int32(steps),
+    def decode(self, orders: np.ndarray, steps: int, allowed: np.ndarray | None = None) -> StepOutputs:
+        """Makes up to `steps` tokens in each row of `orders` (int32 `[batch, 3 + new_pages]`, see `Programs.decode`).
+
+        `allowed` (uint32 `[batch, words]`) are the masks of rows that follow a grammar.
+        """
+        batch = orders.shape[0]
+        self._cache, self._seats, outputs = self._launch(
+            _decode_name(batch), self._decode, self._params, self._cache, self._seats, orders, np.int32(steps),
+            self._all_allowed[batch] if allowed is None else allowed,
         )  # fmt: skip
         return outputs
 
-    def has_decoded(self, batch: int) -> bool:
-        """Whether the decode program of `batch` slots has been made."""
-        return _decode_name(batch) in self._compiled
+    def all_allowed(self, batch: int) -> np.ndarray:
+        """Masks for `decode` that allow every token."""
+        return np.full((batch, self._words), ALL_BITS, np.uint32)
+
+    def has_decoded(self, requests: int) -> bool:
+        """Whether the program that decodes `requests` together has been made."""
+        return _decode_name(self.engine.batch_bucket(requests)) in self._compiled
+
+    def wait(self, hidden: jax.Array) -> None:
+        """Waits until a prefill has run."""
+        jax.block_until_ready(hidden)
+
+    def to_host(self, scores: Logprobs) -> Logprobs:
+        """`scores` as NumPy arrays; waits for them."""
+        return jax.tree.map(self._to_host, scores)
 
     def fetch(self, outputs: StepOutputs, *, logprobs: bool) -> tuple[np.ndarray, Logprobs | None]:
         """Waits for a launch: tokens `[steps, batch]`, and `Logprobs` of NumPy arrays where asked for."""
@@ -177,17 +217,23 @@ class Runner:
         """
         for bucket in self.engine.prefill_buckets:
             on_program(f"prefill of {bucket} tokens")
-            hidden = self.prefill([0] * bucket, ())
+            hidden, _ = self.prefill([0], 0, bucket, ())
+        on_program("admission")
         idle = engine_request.Sequence((0,), SamplingParams(), frozenset(), budget=1, seed=0)
+        self.admit(0, idle, (0,), (), hidden)
         for batch in self.engine.batch_buckets:
             on_program(_decode_name(batch))
-            self.admit(batch, 0, idle, hidden)
-            outputs = self.decode(batch, [False] * batch, 1)
+            outputs = self.decode(orders(self.engine, [], batch), 1)
         jax.block_until_ready(outputs)
+
+    def warm_up_scores(self, bucket: int) -> None:
+        """Compiles the prefill that makes log-probabilities of the prompt."""
+        jax.block_until_ready(self.prefill([0], 0, bucket, (), targets=[0]))
 
     def memory_analysis(self, batch: int) -> Any:
         """XLA's memory analysis of the decode program: how many bytes are aliased, and how many temporary."""
-        arguments = (self._params, self._cache, self._slots_of(batch), np.ones(batch, np.bool_), np.int32(1))
+        idle, allowed = orders(self.engine, [], batch), self._all_allowed[batch]
+        arguments = (self._params, self._cache, self._seats, idle, np.int32(1), allowed)
         return self._decode.lower(*arguments).compile().memory_analysis()
 
     @property
@@ -222,26 +268,23 @@ class Runner:
         positions = np.cumsum([0] + [size for size, _ in sizes])
         return [(int(at), size, bucket) for at, (size, bucket) in zip(positions, sizes, strict=False)]
 
-    def _slots_of(self, batch: int) -> SlotState:
-        if batch not in self._slots:
-            self._slots[batch] = self._empty_slots(batch)
-        return self._slots[batch]
-
     def _table(self, pages: Sequence[int]) -> np.ndarray:
         table = np.full((1, self.engine.table_entries), NULL_PAGE, np.int32)
         table[0, : len(pages)] = pages
         return table
 
-    def _describe(self, sequence: engine_request.Sequence) -> SlotState:
-        """The sequence as a `SlotState` of one slot, in NumPy but for what is on the device already."""
+    def _describe(self, sequence: engine_request.Sequence, ids: Sequence[int], pages: Sequence[int]) -> Seats:
+        """The sequence as `Seats` of one, in NumPy but for what is on the device already."""
         sampling = sequence.sampling
         vocab = self.config.vocab_size
-        in_prompt = self._no_token
+        in_prompt, counts = self._no_token, self._no_count
         if sampling.repetition_penalty != 1:
             seen = np.zeros((1, vocab), np.bool_)
             seen[0, list(sequence.prompt)] = True
-            in_prompt = jax.device_put(seen, in_prompt.sharding)
-            self.traffic.bytes_to_device += seen.nbytes
+            in_prompt = self._to_device(seen)
+        output = ids[len(sequence.prompt) :]
+        if output and sampling.has_penalties:
+            counts = self._to_device(np.bincount(output, minlength=vocab).astype(np.int32)[None])
         biases = SamplingParams.MAX_LOGIT_BIAS
 
         def one(value: float, dtype: type) -> np.ndarray:
@@ -259,20 +302,38 @@ class Runner:
             "key": np.asarray([[sequence.seed >> 32, sequence.seed & 0xFFFFFFFF]], np.uint32),
             "bias_ids": _padded(list(sampling.logit_bias), biases)[None],
             "bias_values": _padded(list(sampling.logit_bias.values()), biases, dtype=np.float32)[None],
-            "in_prompt": in_prompt,
-            "output_counts": self._no_count,
         }
         fields: dict[str, Any] = {
             "token": one(0, np.int32),
-            "position": one(len(sequence.prompt) - 1, np.int32),
-            "generated": one(0, np.int32),
+            "position": one(len(ids) - 1, np.int32),
+            "generated": one(len(output), np.int32),
             "budget": one(sequence.budget, np.int32),
             "active": one(True, np.bool_),
             "wants_logprobs": one(sampling.logprobs is not None, np.bool_),
+            "constrained": one(sequence.constraint is not None, np.bool_),
             "stop_ids": _padded(sorted(sequence.stop_ids), self._stops, NO_TOKEN)[None],
-            "page_table": self._table(sequence.pages),
+            "page_table": self._table(pages),
         }
-        return SlotState(**fields, sampling=SamplingState(**sampling_fields))
+        slots = SlotState(**fields, sampling=SamplingState(**sampling_fields))
+        return Seats(slots=slots, seen=Seen(in_prompt=in_prompt, output_counts=counts))
+
+    def _to_device(self, array: np.ndarray) -> jax.Array:
+        self.traffic.bytes_to_device += array.nbytes
+        return jax.device_put(array, self._no_token.sharding)
+
+
+def orders(
+    engine: EngineConfig, rows: Sequence[tuple[int, int, Sequence[int]]], batch: int | None = None
+) -> np.ndarray:
+    """The orders of `Programs.decode` for rows of `(seat, first entry, new pages)`, in the least bucket or `batch`."""
+    batch = batch or engine.batch_bucket(len(rows))
+    made = np.full((batch, 3 + engine.new_pages), NO_PAGE, np.int32)
+    taken = {seat for seat, _, _ in rows}
+    idle = [seat for seat in range(engine.max_batch) if seat not in taken]
+    made[:, :3] = [(seat, 1, entry) for seat, entry, _ in rows] + [(seat, 0, 0) for seat in idle][: batch - len(rows)]
+    for order, (_, _, pages) in zip(made, rows, strict=False):
+        order[3 : 3 + len(pages)] = pages
+    return made
 
 
 def _decode_name(batch: int) -> str:

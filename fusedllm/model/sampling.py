@@ -13,10 +13,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from fusedllm.kernels.draw import draw
 
+# Below all logits, biases and penalties; finite, as draws scale it by the temperature and compare.
+FORBIDDEN = -1e30
+
 
 @flax.struct.dataclass
 class SamplingState:
-    """The parameters of each slot, and what its penalties count. See `SamplingParams` for their meaning."""
+    """The parameters of each slot. See `SamplingParams` for their meaning."""
 
     temperature: Float[Array, " batch"]
     top_k: Int[Array, " batch"]
@@ -29,8 +32,18 @@ class SamplingState:
     # Unused entries carry a bias of 0.
     bias_ids: Int[Array, "batch biases"]
     bias_values: Float[Array, "batch biases"]
-    in_prompt: Bool[Array, "batch vocab"]
-    output_counts: Int[Array, "batch vocab"]
+
+
+@flax.struct.dataclass
+class Seen:
+    """What penalties count: whether a token is in the prompt of the request in a seat, and how often in its output."""
+
+    in_prompt: Bool[Array, "seats vocab"]
+    output_counts: Int[Array, "seats vocab"]
+
+    def of(self, rows: Int[Array, " batch"]) -> Seen:
+        """Those of the seats `rows`."""
+        return jax.tree.map(lambda x: x[rows], self)
 
 
 @flax.struct.dataclass
@@ -45,14 +58,22 @@ class Logprobs:
 def sample(
     logits: Float[Array, "batch vocab"],
     state: SamplingState,
+    seen: Seen,
+    rows: Int[Array, " batch"],
     count: Int[Array, " batch"],
+    allowed: UInt32[Array, "batch words"],
+    constrained: Bool[Array, " batch"],
     *,
     implementation: str | None = None,
 ) -> Int[Array, " batch"]:
-    """The next token of each row. `count` is how many tokens the request has generated before: with the request's key
-    it alone decides the random number, so a request draws the same in any company.
+    """The next token of each row.
+
+    `rows` are the seats of `seen` that belong to the rows. `count` is how many tokens the request has generated before:
+    with the request's key it alone decides the random number, so a request draws the same in any company. Of a row
+    that is `constrained`, only tokens whose bit is set in `allowed` (bit `t % 32` of word `t // 32`) are drawn.
     """
-    adjusted = lax.cond(jnp.any(_has_adjustment(state)), lambda: adjust(logits, state), lambda: logits)
+    adjusted = lax.cond(jnp.any(_has_adjustment(state)), lambda: adjust(logits, state, seen.of(rows)), lambda: logits)
+    adjusted = lax.cond(jnp.any(constrained), lambda: forbid(adjusted, allowed, constrained), lambda: adjusted)
     uniform = lax.cond(
         jnp.any(state.temperature > 0),
         lambda: jax.vmap(_uniform)(state.key, count),
@@ -63,16 +84,25 @@ def sample(
     )
 
 
-def adjust(logits: Float[Array, "batch vocab"], state: SamplingState) -> Float[Array, "batch vocab"]:
-    """`logits` with the bias and the repetition, presence and frequency penalties of each row."""
+def forbid(
+    logits: Float[Array, "batch vocab"], allowed: UInt32[Array, "batch words"], constrained: Bool[Array, " batch"]
+) -> Float[Array, "batch vocab"]:
+    """`logits`, and `FORBIDDEN` where a constrained row does not allow the token."""
+    tokens = jnp.arange(logits.shape[-1])
+    bits = (allowed[:, tokens // 32] >> (tokens % 32).astype(jnp.uint32)) & 1
+    return jnp.where(constrained[:, None] & (bits == 0), FORBIDDEN, logits)
+
+
+def adjust(logits: Float[Array, "batch vocab"], state: SamplingState, seen: Seen) -> Float[Array, "batch vocab"]:
+    """`logits` with the bias and the repetition, presence and frequency penalties of each row, `seen` being theirs."""
     rows = jnp.arange(logits.shape[0])[:, None]
     logits = logits.at[rows, state.bias_ids].add(state.bias_values)
-    seen = state.in_prompt | (state.output_counts > 0)
+    anywhere = seen.in_prompt | (seen.output_counts > 0)
     penalty = state.repetition_penalty[:, None]
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(seen, penalized, logits)
-    logits -= state.presence_penalty[:, None] * (state.output_counts > 0)
-    return logits - state.frequency_penalty[:, None] * state.output_counts
+    logits = jnp.where(anywhere, penalized, logits)
+    logits -= state.presence_penalty[:, None] * (seen.output_counts > 0)
+    return logits - state.frequency_penalty[:, None] * seen.output_counts
 
 
 def logprobs(logits: Float[Array, "batch vocab"], tokens: Int[Array, " batch"], top: int) -> Logprobs:
