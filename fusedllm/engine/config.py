@@ -11,6 +11,9 @@ from fusedllm.errors import RequestError
 # Unless told otherwise a request may use this many positions: at SmolLM2's shape a float32 cache of it is 189 MB.
 DEFAULT_MAX_CONTEXT = 4096
 
+# On two cores of a CPU a quarter of a second at SmolLM2's shape: so long a stream may pause for another's prompt.
+DEFAULT_TOKEN_BUDGET = 256
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -24,7 +27,8 @@ class EngineConfig:
       batch_buckets: numbers of slots of decode programs, ascending.
       decode_steps: the most tokens a slot gets in one launch.
       latency_seconds: how long a launch of decode steps should take, so that a stream looks alive.
-      token_budget: prompt tokens that are computed between two decode steps while requests decode.
+      token_budget: prompt tokens that are computed between two decode steps while requests decode; by default 256, or
+        the smallest prefill bucket if that is larger.
       prefix_cache: whether prompts that begin alike share pages.
       max_queue: requests that may wait; `None` is any number.
 
@@ -39,13 +43,15 @@ class EngineConfig:
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     decode_steps: int = 16
     latency_seconds: float = 0.1
-    token_budget: int = 256
+    token_budget: int = 0
     prefix_cache: bool = True
     max_queue: int | None = None
 
     def __post_init__(self) -> None:
         if not self.cache_tokens:
             object.__setattr__(self, "cache_tokens", self.max_context)
+        if not self.token_budget:
+            object.__setattr__(self, "token_budget", max(DEFAULT_TOKEN_BUDGET, min(self.prefill_buckets, default=0)))
         for name in ("max_context", "page_size", "cache_tokens", "decode_steps", "token_budget"):
             if not _is_count(getattr(self, name)):
                 raise RequestError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")

@@ -236,7 +236,7 @@ class Engine:
 
     def _serve(self) -> None:
         try:
-            while self._sleep() and not self._broken:
+            while not self._broken and self._sleep():
                 try:
                     with self._lock:
                         self._step()
