@@ -1,0 +1,300 @@
+// The chat page: a conversation with the model, one answer at a time.
+
+import { apiKey, ask, chat, ServerError, setApiKey } from "./api.js";
+import { poll } from "./metrics.js";
+import { reportInvalid, sampling } from "./sampling.js";
+import { duration, speed, Stopwatch } from "./timing.js";
+import { AnswerTurn, userTurn } from "./turns.js";
+
+const at = (id) => document.getElementById(id);
+const message = at("message");
+const log = at("log");
+
+// Within this distance of the end the page follows the answer.
+const FOLLOW_PIXELS = 80;
+const NOTES = { length: "ended at the limit of tokens", deadline: "ended at the server's deadline" };
+
+let model = "";
+// {role, content, node} of each turn; an answer also has its `view`.
+let conversation = [];
+// The AbortController of the answer that is coming, or null.
+let answering = null;
+
+// ---- The conversation -------------------------------------------------------------------------------------------
+
+/** The messages of a request. What was never answered is joined: many templates take no two turns of one role. */
+function messages(system) {
+  const found = system ? [{ role: "system", content: system }] : [];
+  for (const { role, content } of conversation) {
+    const last = found.at(-1);
+    if (!content.trim()) continue;
+    if (last?.role === role) last.content += `\n\n${content}`;
+    else found.push({ role, content });
+  }
+  return found;
+}
+
+function push(turn) {
+  conversation.at(-1)?.view?.settle();
+  conversation.push(turn);
+  log.append(turn.node);
+  at("welcome").hidden = true;
+  at("new").disabled = false;
+}
+
+async function send(text) {
+  if (answering || !text.trim()) return;
+  if (!sampling()) return invalidSampling();
+  push({ role: "user", content: text, node: userTurn(text) });
+  message.value = "";
+  await answer();
+}
+
+async function retry() {
+  if (answering || conversation.at(-1)?.role !== "assistant") return;
+  if (!sampling()) return invalidSampling();
+  conversation.pop().node.remove();
+  message.focus();
+  await answer();
+}
+
+async function answer() {
+  const { parameters, system } = sampling();
+  const request = { model, messages: messages(system), ...parameters, stream: true };
+  request.stream_options = { include_usage: true };
+  const controller = new AbortController();
+  const watch = new Stopwatch();
+  const view = new AnswerTurn(model || "Model", retry);
+  const turn = { role: "assistant", content: "", node: view.node, view };
+  push(turn);
+  start(controller);
+  showEnd();
+  let note = "";
+  try {
+    if (!model) request.model = await readModel();
+    for await (const chunk of chat(request, controller.signal)) {
+      const [choice] = chunk.choices ?? [];
+      const piece = choice?.delta?.content;
+      if (chunk.usage) count(watch, chunk.usage);
+      if (choice?.finish_reason) note = NOTES[choice.finish_reason] ?? "";
+      if (!piece) continue;
+      const follows = atEnd();
+      watch.add(piece);
+      turn.content += piece;
+      view.update(turn.content, watch, () => {
+        showFigures(watch);
+        if (follows) showEnd();
+      });
+    }
+    say("The answer is complete.");
+  } catch (error) {
+    if (controller.signal.aborted) {
+      note = "stopped";
+      say("Stopped.");
+    } else {
+      // Anything but a failure of the server is a mistake of this page, and belongs into the console too.
+      if (!(error instanceof ServerError)) console.error(error);
+      view.fail(error instanceof ServerError ? error : new ServerError("This page failed to show the answer."));
+      if (error.status === 401) askForKey(error);
+    }
+  }
+  const follows = atEnd();
+  view.finish(watch, note);
+  showFigures(watch);
+  if (follows) showEnd();
+  // Another conversation may have begun meanwhile, with an answer of its own.
+  if (answering === controller) end();
+}
+
+function count(watch, usage) {
+  watch.count(usage.completion_tokens);
+  watch.prompt = usage.prompt_tokens;
+  watch.cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
+}
+
+function start(controller) {
+  answering = controller;
+  at("send").hidden = true;
+  at("stop").hidden = false;
+  log.setAttribute("aria-busy", "true");
+  showFigures(null);
+  say("The model answers.");
+  poll();
+}
+
+function end() {
+  answering = null;
+  at("send").hidden = false;
+  at("stop").hidden = true;
+  log.removeAttribute("aria-busy");
+  writable();
+  poll();
+}
+
+function stop() {
+  // The button is about to go; who pressed it wants to write next.
+  if (document.activeElement === at("stop")) message.focus();
+  answering?.abort();
+}
+
+function startOver() {
+  stop();
+  conversation = [];
+  log.replaceChildren();
+  at("welcome").hidden = false;
+  at("new").disabled = true;
+  showFigures(null);
+  closePanel();
+  say("A new conversation.");
+  message.focus();
+}
+
+// ---- What is shown ----------------------------------------------------------------------------------------------
+
+function say(sentence) {
+  at("status").textContent = sentence;
+}
+
+function showFigures(watch) {
+  const rate = watch?.rate ?? null;
+  const first = watch?.firstToken ?? null;
+  const [value, unit] = first === null ? ["–", "ms"] : duration(first);
+  at("rate").textContent = rate === null ? "–" : `${watch.exact ? "" : "≈ "}${speed(rate)}`;
+  at("first-token").textContent = value;
+  at("first-token-unit").textContent = unit;
+}
+
+function atEnd() {
+  return window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - FOLLOW_PIXELS;
+}
+
+function showEnd() {
+  window.scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
+}
+
+function writable() {
+  at("send").disabled = !message.value.trim();
+}
+
+async function readModel() {
+  const { data } = await (await ask("v1/models")).json();
+  const [card] = data;
+  if (!card) throw new ServerError("The server has no model.");
+  model = card.id;
+  at("model").textContent = model;
+  document.title = `${model} · fusedllm`;
+  return model;
+}
+
+// ---- The API key ------------------------------------------------------------------------------------------------
+
+function askForKey(error) {
+  at("key-label").textContent = apiKey() ? error.message : "This server asks for an API key.";
+  at("key-form").hidden = false;
+  at("key").focus();
+  at("key").select();
+}
+
+async function useKey(event) {
+  event.preventDefault();
+  const key = at("key").value.trim();
+  // A header can't carry anything else.
+  if (!/^[\x21-\x7e]+$/.test(key)) {
+    at("key-label").textContent = "An API key has letters, digits and punctuation only.";
+    return;
+  }
+  setApiKey(key);
+  at("key").value = "";
+  at("key-form").hidden = true;
+  at("forget-key").hidden = false;
+  message.focus();
+  await begin();
+  // What the server refused for want of a key is asked again.
+  if (at("key-form").hidden && conversation.at(-1)?.view?.node.classList.contains("failed")) await retry();
+}
+
+async function begin() {
+  try {
+    await readModel();
+    poll();
+  } catch (error) {
+    at("model").textContent = "No model";
+    if (error.status === 401) askForKey(error);
+    else say(error.message);
+  }
+}
+
+// ---- The panel, which covers the conversation on a narrow screen -------------------------------------------------
+
+const covering = window.matchMedia("(max-width: 62rem)");
+
+function openPanel() {
+  document.body.classList.add("panel-open");
+  at("open-panel").setAttribute("aria-expanded", "true");
+  for (const part of document.querySelectorAll("main, .dock")) part.inert = covering.matches;
+}
+
+function closePanel() {
+  document.body.classList.remove("panel-open");
+  at("open-panel").setAttribute("aria-expanded", "false");
+  for (const part of document.querySelectorAll("main, .dock")) part.inert = false;
+}
+
+function invalidSampling() {
+  if (covering.matches) openPanel();
+  reportInvalid();
+}
+
+// ---- What the user does -----------------------------------------------------------------------------------------
+
+at("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const { value } = message;
+  // A finger that pressed the button needs no keyboard now; a mouse's user does.
+  if (window.matchMedia("(pointer: fine)").matches) message.focus();
+  send(value);
+  writable();
+});
+message.addEventListener("input", writable);
+message.addEventListener("keydown", (event) => {
+  // Enter also ends the choice of a character in an input method.
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  at("composer").requestSubmit();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (answering) stop();
+  else if (document.body.classList.contains("panel-open")) {
+    closePanel();
+    at("open-panel").focus();
+  }
+});
+at("stop").addEventListener("click", stop);
+at("new").addEventListener("click", startOver);
+at("key-form").addEventListener("submit", useKey);
+at("forget-key").addEventListener("click", () => {
+  setApiKey("");
+  at("forget-key").hidden = true;
+  say("The API key is forgotten.");
+});
+at("open-panel").addEventListener("click", () =>
+  document.body.classList.contains("panel-open") ? closePanel() : openPanel(),
+);
+covering.addEventListener("change", closePanel);
+at("suggestions").addEventListener("click", ({ target }) => {
+  if (!target.matches("button")) return;
+  message.focus();
+  send(target.textContent);
+});
+at("latest").addEventListener("click", () => {
+  showEnd();
+  message.focus();
+});
+const lookForEnd = () => (at("latest").hidden = atEnd() || !conversation.length);
+document.addEventListener("scroll", lookForEnd, { passive: true });
+new ResizeObserver(lookForEnd).observe(log);
+
+at("forget-key").hidden = !apiKey();
+if (window.matchMedia("(pointer: fine)").matches) message.focus();
+begin();
