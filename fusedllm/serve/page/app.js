@@ -2,6 +2,7 @@
 
 import { apiKey, ask, chat, ServerError, setApiKey } from "./api.js";
 import { poll } from "./metrics.js";
+import { closePanel, panelIsOpen, revealPanel } from "./panel.js";
 import { reportInvalid, sampling } from "./sampling.js";
 import { duration, speed, Stopwatch } from "./timing.js";
 import { AnswerTurn, userTurn } from "./turns.js";
@@ -224,24 +225,8 @@ async function begin() {
   }
 }
 
-// ---- The panel, which covers the conversation on a narrow screen -------------------------------------------------
-
-const covering = window.matchMedia("(max-width: 62rem)");
-
-function openPanel() {
-  document.body.classList.add("panel-open");
-  at("open-panel").setAttribute("aria-expanded", "true");
-  for (const part of document.querySelectorAll("main, .dock")) part.inert = covering.matches;
-}
-
-function closePanel() {
-  document.body.classList.remove("panel-open");
-  at("open-panel").setAttribute("aria-expanded", "false");
-  for (const part of document.querySelectorAll("main, .dock")) part.inert = false;
-}
-
 function invalidSampling() {
-  if (covering.matches) openPanel();
+  revealPanel();
   reportInvalid();
 }
 
@@ -265,10 +250,7 @@ message.addEventListener("keydown", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing) return;
   if (answering) stop();
-  else if (document.body.classList.contains("panel-open")) {
-    closePanel();
-    at("open-panel").focus();
-  }
+  else if (panelIsOpen()) closePanel(true);
 });
 at("stop").addEventListener("click", stop);
 at("new").addEventListener("click", startOver);
@@ -278,10 +260,6 @@ at("forget-key").addEventListener("click", () => {
   at("forget-key").hidden = true;
   say("The API key is forgotten.");
 });
-at("open-panel").addEventListener("click", () =>
-  document.body.classList.contains("panel-open") ? closePanel() : openPanel(),
-);
-covering.addEventListener("change", closePanel);
 at("suggestions").addEventListener("click", ({ target }) => {
   if (!target.matches("button")) return;
   message.focus();

@@ -7,9 +7,6 @@ const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +(.*)|)$/;
 // Lists in lists deeper than this stay text: nobody reads them, and no text can exhaust the stack.
 const MAX_DEPTH = 6;
 
-// Code first: nothing inside it is markup.
-const INLINE = /(`+)((?:[^`]|(?!\1)`+)+?)\1(?!`)|\*\*(?=\S)((?:(?!\*\*)[^])+?\S?)\*\*|\*(?=[^\s*])([^*\n]*[^\s*])\*(?!\*)/g;
-
 function element(tag, className, ...children) {
   const node = document.createElement(tag);
   if (className) node.className = className;
@@ -95,18 +92,42 @@ function list(lines, at) {
   return [{ type: "list", ordered, first: Number.parseInt(mark, 10), items }, at];
 }
 
+/** Text with its inline code, bold and italics. A mark without its other half stays as it was written. */
 function inline(text) {
   const fragment = document.createDocumentFragment();
-  let end = 0;
-  for (const match of text.matchAll(INLINE)) {
-    if (match.index > end) fragment.append(text.slice(end, match.index));
-    if (match[2] !== undefined) fragment.append(element("code", "", match[2].trim() || match[2]));
-    else if (match[3] !== undefined) fragment.append(element("strong", "", inline(match[3])));
-    else fragment.append(element("em", "", inline(match[4])));
-    end = match.index + match[0].length;
+  const marks = /`+|\*+/g;
+  let shown = 0;
+  for (let mark = marks.exec(text); mark; mark = marks.exec(text)) {
+    const inside = mark.index + mark[0].length;
+    const end = mark[0][0] === "`" ? endOfCode(text, mark[0], inside) : endOfStars(text, mark[0], mark.index);
+    if (end < 0) continue;
+    const content = text.slice(inside, end);
+    if (mark.index > shown) fragment.append(text.slice(shown, mark.index));
+    if (mark[0][0] === "`") fragment.append(element("code", "", content.trim() || content));
+    else fragment.append(element(mark[0].length === 2 ? "strong" : "em", "", inline(content)));
+    shown = marks.lastIndex = end + mark[0].length;
   }
-  if (end < text.length) fragment.append(text.slice(end));
+  if (shown < text.length) fragment.append(text.slice(shown));
   return fragment;
+}
+
+/** Where the run of backticks of the same length begins, or -1. */
+function endOfCode(text, mark, from) {
+  for (const run of text.slice(from).matchAll(/`+/g)) if (run[0] === mark) return from + run.index;
+  return -1;
+}
+
+/** Where the stars begin that close those at `start`, or -1: one or two, around words, outside of products (2*3*4). */
+function endOfStars(text, mark, start) {
+  const inside = start + mark.length;
+  if (mark.length > 2 || /^(\s|$)/.test(text.slice(inside, inside + 1)) || /\w/.test(text[start - 1] ?? "")) return -1;
+  for (const run of text.slice(inside).matchAll(/`+[^`]*`+|\*+/g)) {
+    const at = inside + run.index;
+    // Of three stars the first closes an inner italic, the last two this one.
+    if (run[0] === mark && /\S/.test(text[at - 1])) return at;
+    if (mark === "**" && run[0] === "***") return at + 1;
+  }
+  return -1;
 }
 
 function build(block, depth) {
