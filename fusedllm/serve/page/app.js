@@ -1,6 +1,7 @@
 // The chat page: a conversation with the model, one answer at a time.
 
 import { apiKey, ask, chat, ServerError, setApiKey } from "./api.js";
+import { follow, showEnd } from "./follow.js";
 import { poll } from "./metrics.js";
 import { closePanel, panelIsOpen, revealPanel } from "./panel.js";
 import { reportInvalid, sampling } from "./sampling.js";
@@ -11,8 +12,6 @@ const at = (id) => document.getElementById(id);
 const message = at("message");
 const log = at("log");
 
-// Within this distance of the end the page follows the answer.
-const FOLLOW_PIXELS = 80;
 const NOTES = { length: "ended at the limit of tokens", deadline: "ended at the server's deadline" };
 
 let model = "";
@@ -79,12 +78,11 @@ async function answer() {
       if (chunk.usage) count(watch, chunk.usage);
       if (choice?.finish_reason) note = NOTES[choice.finish_reason] ?? "";
       if (!piece) continue;
-      const follows = atEnd();
       watch.add(piece);
       turn.content += piece;
       view.update(turn.content, watch, () => {
         showFigures(watch);
-        if (follows) showEnd();
+        follow();
       });
     }
     say("The answer is complete.");
@@ -99,12 +97,11 @@ async function answer() {
       if (error.status === 401) askForKey(error);
     }
   }
-  const follows = atEnd();
   view.finish(watch, note);
-  showFigures(watch);
-  if (follows) showEnd();
-  // Another conversation may have begun meanwhile, with an answer of its own.
-  if (answering === controller) end();
+  // Otherwise a new conversation has begun.
+  if (conversation.at(-1) === turn) showFigures(watch);
+  follow();
+  end();
 }
 
 function count(watch, usage) {
@@ -114,6 +111,7 @@ function count(watch, usage) {
 }
 
 function start(controller) {
+  // One answer at a time: `send` and `retry` wait for `end`.
   answering = controller;
   at("send").hidden = true;
   at("stop").hidden = false;
@@ -163,14 +161,6 @@ function showFigures(watch) {
   at("rate").textContent = rate === null ? "–" : `${watch.exact ? "" : "≈ "}${speed(rate)}`;
   at("first-token").textContent = value;
   at("first-token-unit").textContent = unit;
-}
-
-function atEnd() {
-  return window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - FOLLOW_PIXELS;
-}
-
-function showEnd() {
-  window.scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
 }
 
 function writable() {
@@ -265,13 +255,6 @@ at("suggestions").addEventListener("click", ({ target }) => {
   message.focus();
   send(target.textContent);
 });
-at("latest").addEventListener("click", () => {
-  showEnd();
-  message.focus();
-});
-const lookForEnd = () => (at("latest").hidden = atEnd() || !conversation.length);
-document.addEventListener("scroll", lookForEnd, { passive: true });
-new ResizeObserver(lookForEnd).observe(log);
 
 at("forget-key").hidden = !apiKey();
 if (window.matchMedia("(pointer: fine)").matches) message.focus();

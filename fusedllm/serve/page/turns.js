@@ -57,7 +57,9 @@ export class AnswerTurn {
     this.#copy.hidden = this.#retry.hidden = true;
     this.#problem.setAttribute("role", "alert");
     this.#problem.hidden = true;
-    this.#foot.append(this.#figures, this.#copy, this.#retry);
+    const actions = element("span", "actions");
+    actions.append(this.#copy, this.#retry);
+    this.#foot.append(this.#figures, actions);
     this.node.append(element("h2", "who", name), this.#body, this.#problem, this.#foot);
     this.#body.addEventListener("click", ({ target }) => {
       const pressed = target.closest(".copy-code");
@@ -97,6 +99,7 @@ export class AnswerTurn {
   /** Only the last answer can be asked for again. */
   settle() {
     this.#retry.remove();
+    this.#foot.hidden = !this.#text;
   }
 
   #draw(watch, note = "") {
@@ -105,9 +108,10 @@ export class AnswerTurn {
     const about = watch.exact ? "" : "≈ ";
     if (watch.rate !== null) parts.push(`${about}${speed(watch.rate)} tokens/s`);
     if (watch.firstToken !== null) {
-      parts.push(`first token ${duration(watch.firstToken).join(" ")}`, `${about}${watch.tokens} tokens`);
+      parts.push(`${duration(watch.firstToken).join(" ")} to first token`);
+      parts.push(`${about}${watch.tokens} ${watch.tokens === 1 ? "token" : "tokens"}`);
     }
-    if (watch.cached) parts.push(`${watch.cached} of ${watch.prompt} prompt tokens from the cache`);
+    if (watch.cached) parts.push(`${watch.cached} of ${watch.prompt} prompt tokens cached`);
     if (note) parts.push(note);
     this.#figures.replaceChildren(...parts.map((part) => element("span", "", part)));
   }
