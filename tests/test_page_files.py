@@ -64,10 +64,15 @@ def test_head_answers_with_the_length_and_no_body(client):
     assert int(response.headers["content-length"]) == len(client.get("/").content)
 
 
-@pytest.mark.parametrize("name", ["nothing.js", "..%2Fpage.py", "%2E%2E/page.py", "app.js/", "", "INDEX.HTML", "a" * 5000])
+@pytest.mark.parametrize(
+    "name", ["nothing.js", "..%2Fpage.py", "%2E%2E/page.py", "app.js/", "", "INDEX.HTML", "a" * 5000]
+)
 def test_what_the_page_does_not_have_is_404(client, name):
     assert client.get(f"/page/{name}", follow_redirects=False).status_code in (404, 307)
-    assert client.get(f"/page/{name}", follow_redirects=True).headers["content-type"] == "application/json" or name == "app.js/"
+    assert (
+        client.get(f"/page/{name}", follow_redirects=True).headers["content-type"] == "application/json"
+        or name == "app.js/"
+    )
 
 
 def test_the_page_is_no_part_of_the_described_api(client):
@@ -82,10 +87,14 @@ def test_no_file_points_outside(file):
     assert not re.search(r"https?:|wss?:|[\"'(=]//|@import|url\(", text)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.suffix in (".js", ".html")], ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if file.suffix in (".js", ".html")], ids=lambda file: file.name
+)
 def test_no_file_turns_text_into_markup_or_code(file):
     text = file.read_text()
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", text)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", text
+    )
     if file.suffix == ".html":
         assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", text)
 

@@ -12,6 +12,7 @@ const at = (id) => document.getElementById(id);
 const message = at("message");
 const log = at("log");
 
+const TOUCH = window.matchMedia("(pointer: coarse)");
 const NOTES = { length: "ended at the limit of tokens", deadline: "ended at the server's deadline" };
 
 let model = "";
@@ -172,6 +173,7 @@ async function readModel() {
   const [card] = data;
   if (!card) throw new ServerError("The server has no model.");
   model = card.id;
+  at("key-form").hidden = true;
   at("model").textContent = model;
   document.title = `${model} · fusedllm`;
   return model;
@@ -225,8 +227,8 @@ function invalidSampling() {
 at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const { value } = message;
-  // A finger that pressed the button needs no keyboard now; a mouse's user does.
-  if (window.matchMedia("(pointer: fine)").matches) message.focus();
+  // On a touch screen that would open the keyboard over the answer.
+  if (!TOUCH.matches) message.focus();
   send(value);
   writable();
 });
@@ -257,5 +259,5 @@ at("suggestions").addEventListener("click", ({ target }) => {
 });
 
 at("forget-key").hidden = !apiKey();
-if (window.matchMedia("(pointer: fine)").matches) message.focus();
+if (!TOUCH.matches) message.focus();
 begin();

@@ -15,6 +15,7 @@ function distance() {
 export function showEnd() {
   following = true;
   window.scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
+  before = window.scrollY;
 }
 
 /** The conversation grew: goes to its end if the reader was there. */
