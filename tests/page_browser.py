@@ -114,12 +114,11 @@ def page(driver: webdriver.Chrome, server: FakeServer) -> Iterator[Page]:
     server.reset()
     page = Page(driver, server)
     page.screen(1280, 860)
-    page.open()
-    page.run("sessionStorage.clear(); localStorage.clear()")
     for log in ("browser", "performance"):
         driver.get_log(log)
     page.open()
     yield page
+    page.run("sessionStorage.clear(); localStorage.clear()")
     assert [c for c in page.complaints() if not re.search(r"responded with a status of (401|503)", c)] == []
     entries = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
