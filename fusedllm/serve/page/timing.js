@@ -3,6 +3,9 @@
 // Of English text under LLaMA's vocabulary; the first answer whose tokens the server counted replaces it.
 let charactersPerToken = 4.2;
 
+// Less than this between the first and the last piece is one burst, and tells nothing of a speed.
+const BURST_MILLISECONDS = 20;
+
 /** Time to the first token and tokens per second of one answer. */
 export class Stopwatch {
   #sent = performance.now();
@@ -43,9 +46,9 @@ export class Stopwatch {
     return this.#tokens !== null;
   }
 
-  /** Tokens per second after the first piece of text, which took its own time; null before there is a second piece. */
+  /** Tokens per second after the first piece of text, which took its own time; null while all came at once. */
   get rate() {
-    if (this.#first === null || this.#last <= this.#first) return null;
+    if (this.#first === null || this.#last - this.#first < BURST_MILLISECONDS) return null;
     const share = 1 - this.#firstCharacters / this.#characters;
     return (this.tokens * share * 1000) / (this.#last - this.#first);
   }
