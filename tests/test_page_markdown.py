@@ -45,6 +45,7 @@ import("/page/markdown.js").then(({ render }) => {
         ("~~~\nnever closed", [["div", ["pre", ["code", "never closed"]]]]),
         ("- a\n- b\n  1. c\n\n  d", [["ul", ["li", "a"], ["li", "b", ["ol", ["li", "c"]], ["p", "d"]]]]),
         ("3. c\n\n4. d\nlazy", [["ol", ["li", "c"], ["li", "d\nlazy"]]]),
+        ("• a\n• b", [["ul", ["li", "a"], ["li", "b"]]]),
         ("In\n1999. was", [["p", "In\n1999. was"]]),
         ("1. a\n   ```\n   b\n   ```\n2. c", [["ol", ["li", "a", ["div", ["pre", ["code", "b"]]]], ["li", "c"]]]),
         ("  \n\n", []),

@@ -79,6 +79,8 @@ async function answer() {
       if (chunk.usage) count(watch, chunk.usage);
       if (choice?.finish_reason) note = NOTES[choice.finish_reason] ?? "";
       if (!piece) continue;
+      // Now the server's figures have this request in them.
+      if (!turn.content) poll();
       watch.add(piece);
       turn.content += piece;
       view.update(turn.content, watch, () => {
@@ -175,6 +177,7 @@ async function readModel() {
   model = card.id;
   at("key-form").hidden = true;
   at("model").textContent = model;
+  if (card.max_model_len) at("model").title = `A context of ${card.max_model_len.toLocaleString("en")} tokens`;
   document.title = `${model} · fusedllm`;
   return model;
 }

@@ -3,7 +3,7 @@
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +(.*)|)$/;
+const ITEM = /^( *)([-*+•]|\d{1,9}[.)])(?: +(.*)|)$/;
 // Lists in lists deeper than this stay text: nobody reads them, and no text can exhaust the stack.
 const MAX_DEPTH = 6;
 
