@@ -25,7 +25,7 @@ class Answer:
       sent: when the request was written.
       events: when each event with text arrived, and how many characters it carried.
       ended: when the last byte arrived.
-      prompt_tokens, cached_tokens, tokens: what the server's usage says.
+      prompt_tokens, cached_tokens, tokens: what the server's usage says; without one, a token for each event.
       error: what went wrong; empty if nothing did.
     """
 
@@ -76,10 +76,12 @@ class Connection:
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             answer.error = f"{type(error).__name__}: {error}"
         answer.ended = time.perf_counter()
+        # A server that sends no usage in a stream sends a token an event (llama-cpp-python's).
+        answer.tokens = answer.tokens or len(answer.events)
         if answer.error:
             self.close()
-        elif not answer.events or not answer.tokens:
-            answer.error = "an answer without text or usage"
+        elif not answer.events:
+            answer.error = "an answer without text"
         return answer
 
     async def get(self, path: str) -> tuple[int, bytes]:

@@ -10,7 +10,7 @@ rate; prompts that have nothing in common, or that begin with the same 512 token
 greedily, and makes the same number of tokens on each side. All servers run throughout and wait while another is loaded;
 they take turns at being first. A figure is the median over the repetitions, a ratio the median of each repetition's.
 
-The peer is found out first: of llama.cpp's own server (in `xllamacpp`, with its slots' KV caches apart or in one) and of
+The peer is found out first: of llama.cpp's own server (in `xllamacpp`, with its slots' KV caches apart or in one) and
 that of `llama-cpp-python[server]`, whichever are installed, the one with the highest throughput at 8 clients.
 
 The client shares the machine's cores with the server, so that its own share of the time is reported. A stream's events
@@ -269,7 +269,7 @@ def sides_of(arguments: argparse.Namespace, path: Path, eos: Sequence[int]) -> t
     """Ours, and the peers that are installed."""
     context = SHARED_TOKENS + 2 * TAIL_TOKENS + arguments.prompt_tokens + arguments.tokens + 64
     default = OURS.format(python=sys.executable, ckpt=path, context=context)
-    ours = serve_sides.ours(arguments.ours or default, arguments.ours_options)
+    ours = serve_sides.ours(f"{arguments.ours or default} {arguments.ours_options}", arguments.ours_ready)
     python, threads, peers = arguments.peer_python, arguments.threads, []
     if serve_sides.has(python, "xllamacpp"):
         slots = max([*arguments.clients, *arguments.shared, TRIAL_CLIENTS])
@@ -343,6 +343,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="cores for all: servers, and the client")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ours", metavar="COMMAND", help="another command for our server; {port} is the port")
+    parser.add_argument("--ours-ready", default="/ready", metavar="PATH", help="that answers 200 once it is ready")
     parser.add_argument("--ours-options", default="", metavar="OPTIONS", help="added to our server's command")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has xllamacpp")

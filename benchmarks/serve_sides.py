@@ -39,9 +39,9 @@ class Side:
     body: dict[str, Any] = field(default_factory=dict)
 
 
-def ours(command: str, options: str) -> Side:
-    """Our server, by its command."""
-    return Side("fusedllm", [*shlex.split(command), *shlex.split(options)], "/ready", {"ignore_eos": True})
+def ours(command: str, ready: str = "/ready") -> Side:
+    """Our server, by its command, and the path that says when it is ready."""
+    return Side("fusedllm", shlex.split(command), ready, {"ignore_eos": True})
 
 
 def xllamacpp(python: str, model: Path, threads: int, parallel: int, context: int, unified: bool) -> Side:
