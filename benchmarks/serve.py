@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -103,7 +104,6 @@ def bodies(prompts: Prompts, load: Load, count: int, arguments: argparse.Namespa
     shared = prompts.shared()
     return [
         {
-            "model": "default",
             "prompt": next(shared) if load.shared else prompts.distinct(arguments.prompt_tokens),
             "max_tokens": arguments.tokens,
             "temperature": 0,
@@ -352,6 +352,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="bar charts, PNG or SVG (needs matplotlib)")
     arguments = parser.parse_args()
     warn_if_busy()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ends the servers too.
     if hasattr(os, "sched_setaffinity"):  # Inherited by the servers; they size their thread pools by it.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     result = asyncio.run(main_async(arguments))

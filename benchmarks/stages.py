@@ -10,8 +10,8 @@ from its first token to its last. They take turns at being first; a figure is th
 the median of each repetition's.
 
 "Host time" is by how much a token takes longer than in stage 0 of the same repetition. Bytes are what the runner counts
-of arrays that cross between host and device; from stage 2 on those of the prompt are among them. The server's are not
-seen from here: they are its engine's, as in stage 3. The picture has beside it the server that this one replaces.
+of arrays that cross between host and device for decoding. The server's are not seen from here: they are its engine's,
+as in stage 3. The picture has beside it the server that this one replaces.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -27,21 +28,23 @@ from pathlib import Path
 from typing import Any
 
 import serve_sides
-from common import Spread, environment, panels, significant, table, warn_if_busy, write_json
+from common import Spread, environment, significant, table, warn_if_busy, write_json
 from http_stream import Connection
 from serve_sides import Server
 from stages_engine import Rooms, Run
 
 SERVER = "{python} -m fusedllm serve --ckpt {ckpt} --port {{port}} --max-context {context}"
 SETTLE_SECONDS = 0.2
-NAMES = (
-    "0 compiled program",
-    "1 + runner",
-    "2 + scheduler",
-    "3 + engine's thread",
-    "4 + LLM.stream",
-    "5 + HTTP streaming",
-)
+# As the table has them, and as the picture does.
+SHORT_NAMES = {
+    "0 compiled program": "program",
+    "1 + runner": "runner",
+    "2 + scheduler": "scheduler",
+    "3 + engine's thread": "engine",
+    "4 + LLM.stream": "LLM",
+    "5 + HTTP streaming": "HTTP server",
+}
+NAMES = tuple(SHORT_NAMES)
 # Tokens a second of the layered C++ server in its own staged test; its batch manager made 20 to 27.
 PREDECESSOR = {
     "direct": 131.0,
@@ -59,7 +62,6 @@ class Client:
     def __init__(self, server: Server, prompt: list[int], tokens: int) -> None:
         self._server = server
         self._body = {
-            "model": "default",
             "prompt": prompt,
             "max_tokens": tokens + 1,
             "temperature": 0,
@@ -132,19 +134,26 @@ def report(result: dict[str, Any]) -> str:
 
 def plot(path: Path, result: dict[str, Any]) -> None:
     """Two staircases: what each room keeps of the program's speed, ours and the predecessor's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
     first = PREDECESSOR["direct"]
-    theirs = [Spread(100 * speed / first, 0.0, 1) for speed in PREDECESSOR.values()]
-    ours = [row["kept"] for row in result["rows"]]
-    title = f"fusedllm, {result['rows'][0]['speed']} tokens/s at the left"
-    labels = [row["name"].replace(" ", "\n", 2) for row in result["rows"]]
-    charts = {
-        title: (labels, {"fusedllm": ours}),
-        f"its predecessor, {first:.0f} tokens/s at the left": (
-            [name.replace(" ", "\n") for name in PREDECESSOR],
-            {"predecessor": theirs},
-        ),
-    }
-    panels(path, charts, units=["% of the speed at the left"] * 2)
+    theirs = [(name, speed, 100 * speed / first) for name, speed in PREDECESSOR.items()]
+    ours = [(SHORT_NAMES[row["name"]], row["speed"].median, row["kept"].median) for row in rows]
+    figure, both = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
+    for axes, title, steps, color in ((both[0], "fusedllm", ours, "C0"), (both[1], "its predecessor", theirs, "C1")):
+        bars = axes.bar(range(len(steps)), [kept for _, _, kept in steps], 0.9, color=color)
+        axes.bar_label(bars, labels=[f"{kept:.0f} %\n{significant(speed)}" for _, speed, kept in steps], padding=2)
+        axes.set_xticks(range(len(steps)), [name.replace(" ", "\n") for name, _, _ in steps])
+        axes.set_title(f"{title}: tokens/s, and what is left of the first")
+    both[0].set_ylim(0, 20 + max(kept for _, _, kept in (*ours, *theirs)))
+    both[0].set_ylabel("% of the first")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -161,6 +170,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the staircases, PNG or SVG (needs matplotlib)")
     arguments = parser.parse_args()
     warn_if_busy()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ends the servers too.
     if hasattr(os, "sched_setaffinity"):  # Inherited by the server; it sizes its thread pool by it.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     rooms = Rooms(arguments.ckpt, arguments.prompt, arguments.tokens, arguments.threads)

@@ -23,7 +23,7 @@ from fusedllm.engine.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a stage: tokens and seconds of its decode, launches, and bytes that crossed meanwhile."""
+    """One run of a stage: tokens and seconds of its decode, and its launches with the bytes that crossed for them."""
 
     tokens: int
     seconds: float
@@ -58,10 +58,17 @@ class Rooms:
         self.tokens = tokens
         self._runner = self.llm.engine.runner
         self._steps = engine.decode_steps
+        self._prompt = (0, 0, 0)
         self.llm.warm_up()
 
     def settle(self) -> None:
-        """Learns how long launches are here; stages 0 and 1, which have no engine to decide that, take it over."""
+        """Learns what crosses for a prompt alone, and how long launches are here.
+
+        Stages 0 and 1, which have no engine to decide the latter, take it over.
+        """
+        before = _traffic(self._runner)
+        list(self.llm.engine.run([self._prepare(answer=1)]))
+        self._prompt = _since(self._runner, before)
         arrivals: list[tuple[float, int]] = []
         for _, chunk in self.llm.engine.run([self._prepare()]):
             _arrive(arrivals, chunk)
@@ -96,7 +103,7 @@ class Rooms:
             made += int((runner.fetch(flying, logprobs=False)[0] >= 0).sum())
             flying = ahead
         took = time.perf_counter() - began
-        return _run(runner, before, made, took)
+        return Run(made, took, *_since(runner, before))
 
     def scheduler(self) -> Run:
         """2: the scheduler plans, and flights of launches are read into chunks."""
@@ -135,18 +142,19 @@ class Rooms:
 
     def stream(self) -> Run:
         """4: `LLM.stream`, which makes text of them."""
-        stream = self.llm.stream(self.ids, self._sampling())
+        stream = self.llm.stream(self.ids, self._sampling(self.tokens + 1))
         before, arrivals, seen = _traffic(self._runner), [], 0
         for _ in stream:
             arrivals.append((time.perf_counter(), len(stream.token_ids) - seen))
             seen = len(stream.token_ids)
         return self._of(arrivals, before)
 
-    def _sampling(self) -> fusedllm.SamplingParams:
-        return fusedllm.SamplingParams(temperature=0, max_tokens=self.tokens + 1, ignore_eos=True)
+    def _sampling(self, answer: int) -> fusedllm.SamplingParams:
+        return fusedllm.SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
 
-    def _prepare(self) -> Any:
-        return self.llm.engine.prepare(self.ids, self._sampling())
+    def _prepare(self, answer: int | None = None) -> Any:
+        """A request for the first token, which the prefill draws, and those that are timed."""
+        return self.llm.engine.prepare(self.ids, self._sampling(answer or self.tokens + 1))
 
     def _seat_by_hand(self) -> np.ndarray:
         """The orders of launches for a request in seat 0, prefilled, with all its pages. Nobody else runs meanwhile."""
@@ -160,10 +168,11 @@ class Rooms:
         return orders(config, [(0, len(pages), ())])
 
     def _of(self, arrivals: list[tuple[float, int]], before: tuple[int, int, int]) -> Run:
-        """From the first tokens on; the bytes are those of all launches, the prefill's among them."""
+        """From the first tokens on; what the prompt sends and launches is left out."""
         (began, first), (ended, _) = arrivals[0], arrivals[-1]
         made = sum(tokens for _, tokens in arrivals)
-        return _run(self._runner, before, made - first, ended - began)
+        crossed = (all_ - prompt for all_, prompt in zip(_since(self._runner, before), self._prompt, strict=True))
+        return Run(made - first, ended - began, *crossed)
 
 
 def _arrive(arrivals: list[tuple[float, int]], chunk: Chunk) -> None:
@@ -176,6 +185,6 @@ def _traffic(runner: Any) -> tuple[int, int, int]:
     return traffic.launches, traffic.bytes_to_device, traffic.bytes_to_host
 
 
-def _run(runner: Any, before: tuple[int, int, int], tokens: int, took: float) -> Run:
+def _since(runner: Any, before: tuple[int, int, int]) -> tuple[int, int, int]:
     launches, to_device, to_host = (now - then for now, then in zip(_traffic(runner), before, strict=True))
-    return Run(tokens, took, launches, to_device, to_host)
+    return launches, to_device, to_host
