@@ -207,9 +207,15 @@ def bar_chart(path: Path, title: str, labels: Sequence[str], series: dict[str, S
 
 
 def panels(
-    path: Path, charts: dict[str, tuple[Sequence[str], dict[str, Sequence[Spread | None]]]], columns: int = 2
+    path: Path,
+    charts: dict[str, tuple[Sequence[str], dict[str, Sequence[Spread | None]]]],
+    columns: int = 2,
+    units: Sequence[str] | None = None,
 ) -> None:
-    """Several charts in one picture: title to labels and series; a bar without a value is left out."""
+    """Several charts in one picture: title to labels and series; a bar without a value is left out.
+
+    `units` are one for each chart, tokens a second unless given.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,7 +227,8 @@ def panels(
     figure, grid = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(charts) :]:
         axes.remove()
-    for axes, (title, (labels, series)) in zip(grid.flat, charts.items(), strict=False):
+    units = units or ["tokens/s"] * len(charts)
+    for axes, unit, (title, (labels, series)) in zip(grid.flat, units, charts.items(), strict=False):
         width = 0.8 / len(series)
         for index, (name, values) in enumerate(series.items()):
             places = np.arange(len(labels)) + (index - (len(series) - 1) / 2) * width
@@ -231,7 +238,7 @@ def panels(
             axes.bar_label(drawn, labels=[significant(median) for median in medians], fontsize=8, padding=2)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_title(title)
-        axes.set_ylabel("tokens/s")
+        axes.set_ylabel(unit)
         axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
