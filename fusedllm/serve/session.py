@@ -22,7 +22,7 @@ DEADLINE_GRACE = 1.0
 WATCH_SECONDS = 1.0
 
 # Ends of a stream that are no answer.
-FAILURES: dict[FinishReason | None, Callable[[], APIError]] = {
+FAILURES: dict[FinishReason, Callable[[], APIError]] = {
     "deadline": lambda: APIError(504, "the request was not answered in time.", SERVER, "timeout"),
     "error": internal_error,
     "cancelled": lambda: APIError(
@@ -154,7 +154,7 @@ class Session:
         # After a stop string the engine may be some tokens further.
         if index not in self._unfinished:
             return None
-        if chunk.finish_reason in FAILURES:
+        if chunk.finish_reason is not None and chunk.finish_reason in FAILURES:
             self._fail(chunk.finish_reason)
             return None
         stream = self.streams[index]
