@@ -5,6 +5,6 @@ from __future__ import annotations
 from fastapi import Request
 
 
-async def caller(request: Request) -> str:
+def caller(request: Request) -> str:
     """Nobody in particular."""
     return ""

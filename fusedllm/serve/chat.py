@@ -5,29 +5,28 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fusedllm.engine.request import FinishReason, TokenLogprob
 from fusedllm.llm import Stream
-from fusedllm.serve.auth import caller
 from fusedllm.serve.documented import FINGERPRINT, documented
 from fusedllm.serve.logprobs import chat_logprobs
 from fusedllm.serve.prepare import Wanted, prepare
 from fusedllm.serve.responses import dumps
 from fusedllm.serve.schemas_chat import ChatBody, ChatRequest
 from fusedllm.serve.session import Piece, Session
-from fusedllm.serve.state import Server, ServerState
+from fusedllm.serve.state import Caller, Server, ServerState
 from fusedllm.serve.streaming import Events, respond, usage
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", responses=documented(ChatBody, streams=True))
-async def chat(request: Request, body: ChatRequest, server: Server, key: Annotated[str, Depends(caller)]) -> Response:
+async def chat(request: Request, body: ChatRequest, server: Server, key: Caller) -> Response:
     """Goes on with a conversation."""
     wanted = Wanted(
         encode=lambda: [server.llm.render([message.for_template for message in body.messages])],
@@ -51,7 +50,7 @@ class ChatAnswer:
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
             "created": int(time.time()),
-            "model": server.settings.model_name,
+            "model": server.model_name,
             "system_fingerprint": FINGERPRINT,
         }
         self._events = Events({**self._head, "object": "chat.completion.chunk"}, body.include_usage)

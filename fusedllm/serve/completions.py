@@ -5,31 +5,28 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fusedllm.engine.request import TokenLogprob
 from fusedllm.llm import Stream
-from fusedllm.serve.auth import caller
 from fusedllm.serve.documented import FINGERPRINT, documented
 from fusedllm.serve.logprobs import LegacyFormat, join
 from fusedllm.serve.prepare import Wanted, prepare
 from fusedllm.serve.responses import dumps
 from fusedllm.serve.schemas_completions import DEFAULT_MAX_TOKENS, CompletionBody, CompletionRequest
 from fusedllm.serve.session import Piece, Session
-from fusedllm.serve.state import Server, ServerState
+from fusedllm.serve.state import Caller, Server, ServerState
 from fusedllm.serve.streaming import Events, respond, usage
 
 router = APIRouter()
 
 
 @router.post("/v1/completions", responses=documented(CompletionBody, streams=True))
-async def complete(
-    request: Request, body: CompletionRequest, server: Server, key: Annotated[str, Depends(caller)]
-) -> Response:
+async def complete(request: Request, body: CompletionRequest, server: Server, key: Caller) -> Response:
     """Goes on with each prompt."""
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.max_tokens is None and server.settings.max_tokens is not None:
@@ -59,7 +56,7 @@ class CompletionAnswer:
             "id": f"cmpl-{secrets.token_hex(16)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": server.settings.model_name,
+            "model": server.model_name,
             "system_fingerprint": FINGERPRINT,
         }
         self._events = Events(self._head, body.include_usage)

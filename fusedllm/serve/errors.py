@@ -98,6 +98,8 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(503, _sentence(error), UNAVAILABLE, "queue_full", headers=RETRY_AFTER)
         case EngineStoppedError():
             return APIError(503, _sentence(error), UNAVAILABLE, "engine_stopped", headers=RETRY_AFTER)
+        case RecursionError():
+            return bad_request("the body is nested too deeply.")
         case FusedLLMError():
             return APIError(500, _sentence(error), SERVER, "internal_error")
         case _:
@@ -110,7 +112,7 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSON:
         return as_api_error(error).response
 
-    for kind in (APIError, RequestValidationError, HTTPException, FusedLLMError, Exception):
+    for kind in (APIError, RequestValidationError, HTTPException, FusedLLMError, RecursionError, Exception):
         app.add_exception_handler(kind, handle)
 
 
@@ -133,7 +135,8 @@ def _of_validation(errors: Sequence[Any]) -> APIError:
         case "json_invalid":
             return bad_request(f"the body is not JSON: {context.get('error')} at character {first['loc'][-1]}.")
         case "refused":
-            return bad_request(first["msg"], context.get("param") or _path(place))
+            steps = place if context["param"] is None else (*place, context["param"])
+            return bad_request(first["msg"], _path(steps), context["code"])
         case "extra_forbidden":
             name = _path(place)
             return bad_request(f"unknown parameter {name!r}; take it out.", name, "unknown_parameter")

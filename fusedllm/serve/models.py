@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from fusedllm import __version__
 from fusedllm.errors import TokenizerError
-from fusedllm.serve.auth import caller
 from fusedllm.serve.documented import documented
 from fusedllm.serve.errors import bad_request
 from fusedllm.serve.prepare import INLINE_CHARACTERS, in_thread
@@ -23,11 +22,11 @@ from fusedllm.serve.schemas_models import (
     TokenizerInfoBody,
     VersionBody,
 )
-from fusedllm.serve.state import Server, ServerState
+from fusedllm.serve.state import Server, ServerState, require_caller
 from fusedllm.text.tokenizer import Tokenizer
 
 router = APIRouter()
-keyed = APIRouter(dependencies=[Depends(caller)])
+keyed = APIRouter(dependencies=[require_caller])
 
 
 @keyed.get("/v1/models", responses=documented(ModelsBody))
@@ -107,7 +106,7 @@ router.include_router(keyed)
 
 def _describe(server: ServerState) -> dict[str, Any]:
     return {
-        "id": server.settings.model_name,
+        "id": server.model_name,
         "object": "model",
         "created": server.created,
         "owned_by": "fusedllm",

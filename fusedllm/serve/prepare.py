@@ -115,4 +115,4 @@ def _compile(server: ServerState, kind: GrammarKind, source: str | list[str]) ->
     llm = server.llm
     if llm.tokenizer is None:
         raise bad_request("a grammar needs a tokenizer, and this checkpoint has none.")
-    return Grammar.compile(kind, source, llm.tokenizer, llm.config.eos_token_ids)
+    return Grammar.compile(kind, source, llm.tokenizer, llm.config.eos_token_ids, vocab_size=llm.config.vocab_size)

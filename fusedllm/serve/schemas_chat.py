@@ -23,14 +23,14 @@ def _check_content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise refused("content must be a text or a list of text parts.", "messages")
+        raise refused("content must be a text or a list of text parts.")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise refused(f"content parts of type {kind[:50]!r} are not supported, only 'text'.", "messages")
+            raise refused(f"content parts of type {kind[:50]!r} are not supported, only 'text'.")
         if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise refused('a content part must be {"type": "text", "text": "..."}.', "messages")
+            raise refused('a content part must be {"type": "text", "text": "..."}.')
         texts.append(part["text"])
     return "\n".join(texts)
 

@@ -20,10 +20,13 @@ MAX_PRIORITY = 1_000
 MAX_SALT = 256
 
 
-def refused(message: str, param: str) -> PydanticCustomError:
-    """A validation error that says `message` as it is; `param` is the parameter's name."""
+def refused(message: str, param: str | None = None, code: str | None = None) -> PydanticCustomError:
+    """A validation error that says `message` as it is.
+
+    `param` is the field that an object was refused for; `None` is what was validated itself. `code` is for programs.
+    """
     # The message goes in as a value: as a template its braces would mean something.
-    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": param, "code": code})
 
 
 class Strict(BaseModel):
@@ -45,7 +48,8 @@ class Strict(BaseModel):
             if value is not None and not any(
                 type(value) is type(neutral) and value == neutral for neutral in cls.unsupported[name]
             ):
-                raise refused(f"the parameter {name!r} is not supported by this server; take it out.", name)
+                message = f"the parameter {name!r} is not supported by this server; take it out."
+                raise refused(message, name, "unsupported_parameter")
         return kept
 
 
@@ -96,11 +100,9 @@ class StructuredOutputs(Strict):
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
         if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
-            raise refused("structured_outputs takes exactly one of json, regex, choice and grammar.", _STRUCTURED)
+            raise refused("structured_outputs takes exactly one of json, regex, choice and grammar.")
         return self
 
-
-_STRUCTURED = "structured_outputs"
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
@@ -110,9 +112,9 @@ def _check_stop(value: Any) -> list[str]:
     if value is None:
         return []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise refused("stop must be a text or a list of texts, none of them empty.", "stop")
+        raise refused("stop must be a text or a list of texts, none of them empty.")
     if len(texts) > MAX_STOPS:
-        raise refused(f"stop has {len(texts)} texts, at most {MAX_STOPS} are possible.", "stop")
+        raise refused(f"stop has {len(texts)} texts, at most {MAX_STOPS} are possible.")
     return texts
 
 
@@ -227,7 +229,7 @@ class Generation(Strict):
     def _grammar_makes_sense(self) -> Generation:
         formatted = self.response_format is not None and not isinstance(self.response_format, TextFormat)
         if formatted and self.structured_outputs:
-            raise refused("response_format and structured_outputs can't be combined; give one.", _STRUCTURED)
+            raise refused("response_format and structured_outputs can't be combined; give one.", "structured_outputs")
         if (formatted or self.structured_outputs) and self.ignore_eos:
             raise refused("ignore_eos can't be combined with a grammar, which ends the answer.", "ignore_eos")
         return self

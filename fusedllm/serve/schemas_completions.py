@@ -29,8 +29,7 @@ def _check_prompt(value: Any) -> list[str | list[int]]:
         if all(_is_ids(ids) for ids in value):
             return value
     raise refused(
-        "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids; none empty.",
-        "prompt",
+        "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids; none empty."
     )
 
 

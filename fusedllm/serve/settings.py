@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class ServerSettings:
     """The agreed fields."""
 
-    model_name: str = "model"
+    model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()

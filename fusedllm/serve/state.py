@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from fusedllm.errors import EngineStoppedError
 from fusedllm.llm import LLM
+from fusedllm.serve.auth import caller
 from fusedllm.serve.errors import APIError
 from fusedllm.serve.metrics import Metrics
 from fusedllm.serve.settings import ServerSettings
@@ -40,12 +41,17 @@ class ServerState:
     in_flight: set[Session] = field(default_factory=set)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def model_name(self) -> str:
+        """The name that requests ask for."""
+        return self.settings.model_name or "fusedllm"
+
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404 unless `name` is the served model's; `None` is whatever is served."""
-        if name is not None and name != self.settings.model_name:
+        if name is not None and name != self.model_name:
             raise APIError(
                 404,
-                f"the model {name!r} is not served here; this server has {self.settings.model_name!r}.",
+                f"the model {name!r} is not served here; this server has {self.model_name!r}.",
                 "invalid_request_error",
                 "model_not_found",
                 "model",
@@ -64,5 +70,12 @@ async def _server(request: Request) -> ServerState:
     return state
 
 
-# The parameter of an endpoint that wants the state.
+async def _caller(request: Request) -> str:
+    # FastAPI would run a plain function in another thread, which costs more than what it does.
+    return caller(request)
+
+
+# Parameters of an endpoint: the state, and the id of the key that the request came with.
 Server = Annotated[ServerState, Depends(_server)]
+Caller = Annotated[str, Depends(_caller)]
+require_caller = Depends(_caller)

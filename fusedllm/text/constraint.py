@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,14 @@ class Constraint:
     """Not there yet."""
 
     @classmethod
-    def compile(cls, kind: Kind, source: Any, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> Constraint:
+    def compile(
+        cls,
+        kind: Kind,
+        source: Any,
+        tokenizer: Tokenizer,
+        eos_token_ids: Collection[int],
+        vocab_size: int | None = None,
+    ) -> Constraint:
         """Refuses."""
         raise RequestError("grammars are not there yet.")
 
