@@ -1,0 +1,270 @@
+"""Server-sent events as OpenAI sends them, and sessions that end in every other way than by an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import pytest
+from serving import MODEL, app_of, ask, events_of, on_a_port
+
+from fusedllm.engine.request import Chunk
+from fusedllm.serve import session as sessions
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+MESSAGES = [{"role": "user", "content": "Say hello."}]
+BODIES = {
+    CHAT: {"messages": MESSAGES, "temperature": 0, "max_tokens": 8},
+    TEXT: {"prompt": "One, two, three,", "temperature": 0, "max_tokens": 8},
+}
+WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.fixture(scope="module")
+def app(served_llm):
+    return app_of(served_llm)
+
+
+def test_the_first_delta_of_a_chat_has_the_role_and_the_last_one_nothing(app, served_llm):
+    events = events_of(ask(app, CHAT, {**BODIES[CHAT], "stream": True}))
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert all(set(delta) == {"content"} and delta["content"] for delta in deltas[1:-1])
+    assert deltas[-1] == {}
+    expected = served_llm.chat(MESSAGES, max_tokens=8)
+    assert "".join(delta.get("content", "") for delta in deltas) == expected.text
+    reasons = [event["choices"][0]["finish_reason"] for event in events]
+    assert reasons == [None] * (len(events) - 1) + [expected.finish_reason]
+    # An event may carry all tokens of a launch.
+    assert len(deltas) - 2 < expected.usage.completion_tokens
+
+
+def test_a_text_has_its_reason_in_a_last_event_of_its_own(app, served_llm):
+    events = events_of(ask(app, TEXT, {**BODIES[TEXT], "stream": True}))
+    choices = [event["choices"][0] for event in events]
+    assert (
+        "".join(choice["text"] for choice in choices) == served_llm.generate("One, two, three,", max_tokens=8)[0].text
+    )
+    assert all(choice["text"] and choice["finish_reason"] is None for choice in choices[:-1])
+    assert choices[-1] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_all_events_have_one_head(app, path):
+    events = events_of(ask(app, path, {**BODIES[path], **WITH_USAGE}))
+    kind = {CHAT: "chat.completion.chunk", TEXT: "text_completion"}[path]
+    heads = [{name: value for name, value in event.items() if name not in ("choices", "usage")} for event in events]
+    assert all(head == heads[0] for head in heads)
+    assert set(heads[0]) == {"id", "object", "created", "model", "system_fingerprint"}
+    assert (heads[0]["object"], heads[0]["model"]) == (kind, MODEL)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_the_usage_comes_last_with_no_choices_and_only_where_asked_for(app, path):
+    *events, last = events_of(ask(app, path, {**BODIES[path], **WITH_USAGE}))
+    assert all(event["usage"] is None for event in events)
+    assert last["choices"] == []
+    whole = ask(app, path, BODIES[path]).json()
+    assert last["usage"] == whole["usage"]
+    assert not any("usage" in event for event in events_of(ask(app, path, {**BODIES[path], "stream": True})))
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_n_streams_are_told_apart_by_their_index(app, path):
+    body = {**BODIES[path], "n": 2, "temperature": 1.3, "seed": 5}
+    events = events_of(ask(app, path, {**body, "stream": True}))
+    whole = ask(app, path, body).json()["choices"]
+    for index in (0, 1):
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        text = "".join(choice["delta"].get("content", "") if path == CHAT else choice["text"] for choice in own)
+        assert text == (whole[index]["message"]["content"] if path == CHAT else whole[index]["text"])
+        assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == [whole[index]["finish_reason"]]
+
+
+def test_a_stream_is_ascii_and_not_to_be_kept(app):
+    response = ask(app, TEXT, {"prompt": "caf\u00e9 \U0001f600", "echo": True, "max_tokens": 1, "stream": True})
+    assert response.content.isascii()
+    assert events_of(response)[0]["choices"][0]["text"].startswith("caf\u00e9 \U0001f600")
+    assert response.headers["cache-control"] == "no-cache"
+    assert "content-length" not in response.headers
+
+
+class ScriptedEngine:
+    """Delivers the given chunks from a thread, a moment apart; notes who is cancelled."""
+
+    def __init__(self, llm, monkeypatch, chunks):
+        self.cancelled = []
+        self._chunks = chunks
+        monkeypatch.setattr(llm.engine, "submit", self.submit)
+        monkeypatch.setattr(llm.engine, "cancel", self.cancelled.append)
+
+    def submit(self, sequence, deliver):
+        def run():
+            for chunk in self._chunks:
+                time.sleep(0.01)
+                sequence.finish_reason = chunk.finish_reason
+                deliver(chunk)
+
+        threading.Thread(target=run).start()
+
+
+ENDS = [("deadline", 504, "timeout"), ("error", 500, "internal_error"), ("cancelled", 503, "engine_stopped")]
+
+
+@pytest.mark.parametrize(("reason", "status", "code"), ENDS)
+def test_an_end_that_is_no_answer_is_an_error(app, served_llm, monkeypatch, reason, status, code):
+    ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None), Chunk((), (), reason)])
+    response = ask(app, TEXT, {"prompt": "Hi"})
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert app.state.server.in_flight == set()
+
+
+@pytest.mark.parametrize(("reason", "status", "code"), ENDS)
+def test_in_a_stream_the_error_is_an_event_after_what_was_said(app, served_llm, monkeypatch, reason, status, code):
+    ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None), Chunk((6,), (), None), Chunk((), (), reason)])
+    response = ask(app, TEXT, {"prompt": "Hi", "stream": True})
+    *events, last = events_of(response)
+    text = "".join(event["choices"][0]["text"] for event in events)
+    assert text == served_llm.tokenizer.decode([5, 6], skip_special_tokens=True)
+    assert last["error"]["code"] == code
+
+
+def test_a_failure_of_one_answer_frees_the_others(app, served_llm, monkeypatch):
+    engine = ScriptedEngine(served_llm, monkeypatch, [Chunk((), (), "error")])
+    assert ask(app, TEXT, {"prompt": ["a", "b"], "n": 2}).status_code == 500
+    assert len(engine.cancelled) == 4
+
+
+def test_a_queue_that_fills_up_midway_admits_nobody(app, served_llm, monkeypatch):
+    engine = ScriptedEngine(served_llm, monkeypatch, [])
+    submit, places = engine.submit, iter([True, True, False])
+
+    def full(sequence, deliver):
+        from fusedllm.errors import QueueFullError
+
+        if not next(places):
+            raise QueueFullError("2 requests wait already.")
+        submit(sequence, deliver)
+
+    monkeypatch.setattr(served_llm.engine, "submit", full)
+    response = ask(app, TEXT, {"prompt": ["a", "b", "c"]})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert len(engine.cancelled) == 3
+    assert app.state.server.in_flight == set()
+
+
+def test_an_engine_that_dies_leaves_nobody_waiting(app, served_llm, monkeypatch):
+    monkeypatch.setattr(sessions, "WATCH_SECONDS", 0.02)
+    ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None)])
+    monkeypatch.setattr(type(served_llm.engine), "alive", False)
+    assert ask(app, TEXT, {"prompt": "Hi"}).status_code == 503
+
+
+def test_a_deadline_that_the_engine_misses_is_kept_here(served_llm, monkeypatch):
+    monkeypatch.setattr(sessions, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(sessions, "DEADLINE_GRACE", 0.05)
+    engine = ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None)])
+    app = app_of(served_llm, request_seconds=0.1)
+    assert ask(app, TEXT, {"prompt": "Hi"}).status_code == 504
+    assert len(engine.cancelled) == 1
+    *_, last = events_of(ask(app, TEXT, {"prompt": "Hi", "stream": True}))
+    assert last["error"]["code"] == "timeout"
+
+
+def test_a_fault_of_ours_in_a_stream_is_logged_and_not_told(app, served_llm, monkeypatch, caplog):
+    ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None)])
+
+    def broken(self, piece):
+        raise ZeroDivisionError("a secret of the house")
+
+    monkeypatch.setattr("fusedllm.serve.completions.CompletionAnswer.piece", broken)
+    response = ask(app, TEXT, {"prompt": "Hi", "stream": True})
+    assert events_of(response)[-1]["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert "a secret of the house" in caplog.text
+
+
+def test_text_before_the_end_is_whole_though_the_engine_is_further(app, served_llm, monkeypatch):
+    # All chunks arrive before the first is read, so that the sequence has ended long before its text.
+    def submit(sequence, deliver):
+        sequence.finish_reason = "stop"
+        for chunk in (Chunk((19556,), (), None), Chunk((905,), (), None), Chunk((28, 2), (), "stop")):
+            deliver(chunk)
+
+    monkeypatch.setattr(served_llm.engine, "submit", submit)
+    expected = served_llm.tokenizer.decode([19556, 905, 28])
+    assert ask(app, TEXT, {"prompt": "Hi"}).json()["choices"][0]["text"] == expected
+    events = events_of(ask(app, TEXT, {"prompt": "Hi", "stream": True}))
+    assert "".join(event["choices"][0]["text"] for event in events) == expected
+
+
+def test_a_session_that_is_cancelled_says_so(app, served_llm, monkeypatch):
+    ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None)])
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            waiting = asyncio.create_task(client.post(TEXT, json={"prompt": "Hi"}))
+            while not app.state.server.in_flight:
+                await asyncio.sleep(0.01)
+            (session,) = app.state.server.in_flight
+            session.cancel()
+            return await waiting
+
+    assert asyncio.run(run()).json()["error"]["code"] == "engine_stopped"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_client_that_leaves_frees_its_pages(served_llm, path, stream):
+    app = app_of(served_llm)
+    body = {**BODIES[path], "max_tokens": 450, "ignore_eos": True, "stream": stream, "n": 2}
+    with on_a_port(app) as url:
+        try:
+            with (
+                httpx.Client(base_url=url, timeout=None if stream else 0.4) as client,
+                client.stream("POST", path, json=body) as response,
+            ):
+                next(response.iter_lines())
+                assert served_llm.engine.pages_in_use > 0
+        except httpx.ReadTimeout:
+            assert not stream
+        left = time.monotonic()
+        while served_llm.engine.pages_in_use or app.state.server.in_flight:
+            # The whole answer takes far longer: 450 tokens of two streams.
+            assert time.monotonic() - left < 3
+            time.sleep(0.02)
+        answer = httpx.post(url + TEXT, json=BODIES[TEXT], timeout=30).json()
+        assert answer["usage"]["completion_tokens"] == 8
+
+
+def test_metrics_hear_of_every_request(served_llm):
+    app = app_of(served_llm)
+    heard = []
+
+    class Notes:
+        def __getattr__(self, name):
+            return lambda *values: heard.append((name, values))
+
+    app.state.server.metrics = Notes()
+    ask(app, TEXT, {**BODIES[TEXT], "max_tokens": 20, "ignore_eos": True})
+    names = [name for name, _ in heard]
+    assert names[0] == "observe_first_token"
+    assert names.count("observe_request") == 1
+    ((reason, prompt_tokens, completion_tokens, seconds),) = [v for n, v in heard if n == "observe_request"]
+    assert (reason, completion_tokens) == ("length", 20)
+    assert prompt_tokens == len(served_llm.encode("One, two, three,"))
+    between = [values for name, values in heard if name == "observe_inter_token"]
+    # All but those of the first chunk, which is a single token.
+    assert sum(tokens for _, tokens in between) == 19
+    assert 0 < sum(gap for gap, _ in between) < seconds
+
+
+def test_events_are_as_json_writes_them(app):
+    response = ask(app, CHAT, {**BODIES[CHAT], **WITH_USAGE, "logprobs": True})
+    for part in response.text.split("\n\n")[:-2]:
+        text = part.removeprefix("data: ")
+        assert text == json.dumps(json.loads(text), separators=(",", ":"))
