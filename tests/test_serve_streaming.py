@@ -217,15 +217,29 @@ def test_a_session_that_is_cancelled_says_so(app, served_llm, monkeypatch):
     assert asyncio.run(run()).json()["error"]["code"] == "engine_stopped"
 
 
+class Notes:
+    """Metrics that note what they are told."""
+
+    def __init__(self):
+        self.heard = []
+
+    def __getattr__(self, name):
+        return lambda *values: self.heard.append((name, values))
+
+    def of(self, name):
+        return [values for heard, values in self.heard if heard == name]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_a_client_that_leaves_frees_its_pages(served_llm, path, stream):
     app = app_of(served_llm)
+    notes = app.state.server.metrics = Notes()
     body = {**BODIES[path], "max_tokens": 450, "ignore_eos": True, "stream": stream, "n": 2}
     with on_a_port(app) as url:
         try:
             with (
-                httpx.Client(base_url=url, timeout=None if stream else 0.4) as client,
+                httpx.Client(base_url=url, timeout=30 if stream else 0.4) as client,
                 client.stream("POST", path, json=body) as response,
             ):
                 next(response.iter_lines())
@@ -234,30 +248,25 @@ def test_a_client_that_leaves_frees_its_pages(served_llm, path, stream):
             assert not stream
         left = time.monotonic()
         while served_llm.engine.pages_in_use or app.state.server.in_flight:
-            # The whole answer takes far longer: 450 tokens of two streams.
-            assert time.monotonic() - left < 3
+            # Much more than it takes, for a busy machine: what counts is how far the answers got.
+            assert time.monotonic() - left < 30
             time.sleep(0.02)
+        ends = notes.of("observe_request")
+        assert [reason for reason, *_ in ends] == ["cancelled"] * 2
+        assert all(completion_tokens < 450 for _, _, completion_tokens, _ in ends)
         answer = httpx.post(url + TEXT, json=BODIES[TEXT], timeout=30).json()
         assert answer["usage"]["completion_tokens"] == 8
 
 
 def test_metrics_hear_of_every_request(served_llm):
     app = app_of(served_llm)
-    heard = []
-
-    class Notes:
-        def __getattr__(self, name):
-            return lambda *values: heard.append((name, values))
-
-    app.state.server.metrics = Notes()
+    notes = app.state.server.metrics = Notes()
     ask(app, TEXT, {**BODIES[TEXT], "max_tokens": 20, "ignore_eos": True})
-    names = [name for name, _ in heard]
-    assert names[0] == "observe_first_token"
-    assert names.count("observe_request") == 1
-    ((reason, prompt_tokens, completion_tokens, seconds),) = [v for n, v in heard if n == "observe_request"]
+    assert notes.heard[0][0] == "observe_first_token"
+    ((reason, prompt_tokens, completion_tokens, seconds),) = notes.of("observe_request")
     assert (reason, completion_tokens) == ("length", 20)
     assert prompt_tokens == len(served_llm.encode("One, two, three,"))
-    between = [values for name, values in heard if name == "observe_inter_token"]
+    between = notes.of("observe_inter_token")
     # All but those of the first chunk, which is a single token.
     assert sum(tokens for _, tokens in between) == 19
     assert 0 < sum(gap for gap, _ in between) < seconds
