@@ -62,6 +62,15 @@ def events_of(response: httpx.Response) -> list[Any]:
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
+def the_error(response: httpx.Response) -> Any:
+    """The error object of a response, which holds nothing else."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"].endswith((".", "...")), body
+    return body["error"]
+
+
 @contextlib.contextmanager
 def on_a_port(app: fastapi.FastAPI) -> Iterator[str]:
     """The address of `app`, served by uvicorn in a thread."""
