@@ -327,6 +327,11 @@ class Stream:
         """The tokens so far."""
         return tuple(self._tokens)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete in what was pushed; `sequence` may have ended further on, unread."""
+        return self._finished
+
     def push(self, chunk: Chunk) -> str:
         """Takes a chunk of the engine; the text that can be shown now."""
         if self._finished:

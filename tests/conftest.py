@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # The tests are about this package's code; XLA's own log lines would hide them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -69,6 +70,20 @@ def smollm2() -> LLM:
     from fusedllm.llm import load
 
     return load("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def served_llm() -> Iterator[LLM]:
+    """SmolLM2-135M-Instruct with a small context, its engine running in a thread of its own."""
+    from fusedllm.llm import load
+
+    shapes = EngineConfig(
+        max_context=512, cache_tokens=4096, prefill_buckets=(16, 64, 256), batch_buckets=(1, 4), decode_steps=8
+    )
+    llm = load("smollm2-135m", engine=shapes)
+    llm.engine.start()
+    yield llm
+    llm.engine.stop()
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ MAY_IMPORT["quantizing"] = BELOW_THE_FACADE
 MAY_IMPORT["__init__"] = BELOW_THE_FACADE | {"llm", "quantizing"}
 FACES = GROUND | {"__init__", "compilation_cache", "llm", "quantizing", "engine", "weights"}
 MAY_IMPORT["cli"] = FACES | {"calibrate"}
-MAY_IMPORT["serve"] = FACES
+MAY_IMPORT["serve"] = FACES | {"text"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -1,1 +1,1 @@
-"""The HTTP face: an OpenAI-compatible server on the engine. The room is here; nothing is in it yet."""
+"""The HTTP face: an OpenAI-compatible server on the engine. `app.create_app` puts it together."""
