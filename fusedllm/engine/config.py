@@ -23,6 +23,7 @@ class EngineConfig:
       prefill_buckets: chunk lengths of prefill programs, ascending multiples of `page_size`.
       batch_buckets: numbers of slots of decode programs, ascending.
       decode_steps: the most tokens a slot gets in one launch.
+      token_budget: tokens of prompts that one launch may take beside the tokens of running requests.
       latency_seconds: how long a launch of decode steps should take, so that a stream looks alive.
 
     Raises:
@@ -35,12 +36,13 @@ class EngineConfig:
     prefill_buckets: tuple[int, ...] = (16, 64, 128, 256, 512)
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     decode_steps: int = 16
+    token_budget: int = 256
     latency_seconds: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.cache_tokens:
             object.__setattr__(self, "cache_tokens", self.max_context)
-        for name in ("max_context", "page_size", "cache_tokens", "decode_steps"):
+        for name in ("max_context", "page_size", "cache_tokens", "decode_steps", "token_budget"):
             if not _is_count(getattr(self, name)):
                 raise RequestError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
         if not self.latency_seconds > 0:
