@@ -127,31 +127,30 @@ class Body:
         )
 
 
-def nesting(text: bytes) -> int:
-    """How deep arrays and objects of a JSON text lie in each other, at the deepest place."""
-    if text.count(b"[") + text.count(b"{") <= MOST_NESTED:
-        # As good as the number where it matters, for less.
-        return min(text.count(b"[") + text.count(b"{"), MOST_NESTED)
+def is_nested_deeper(text: bytes, most: int) -> bool:
+    """Whether arrays and objects of a JSON text lie in each other more than `most` levels deep, at some place.
+
+    Takes time in proportion to the text's length, whatever is in it.
+    """
+    if text.count(b"[") + text.count(b"{") <= most:
+        return False
     import numpy as np
 
-    brackets = _STRING.sub(b"", text).translate(None, _NO_BRACKETS)
-    if not brackets:
-        return 0
-    # "[" and "{" are one less, in the second bit, than what closes them.
-    codes = np.frombuffer(brackets, np.uint8)
-    opening = (codes == ord("[")) | (codes == ord("{"))
-    return int(np.cumsum(np.where(opening, 1, -1).astype(np.int32)).max(initial=0))
+    brackets = np.frombuffer(_STRING.sub(b"", text).translate(None, _NO_BRACKETS), np.uint8)
+    opening = (brackets == ord("[")) | (brackets == ord("{"))
+    steps = np.where(opening, np.int8(1), np.int8(-1))
+    return bool(steps.cumsum(dtype=np.int32).max(initial=0) > most)
 
 
 def _refuse_content(body: bytes) -> Refusal | None:
-    # Where a byte is no character, brackets could hide from `nesting`; RFC 8259 asks for UTF-8 anyway.
+    # Where a byte is no character, brackets could hide from `is_nested_deeper`; RFC 8259 asks for UTF-8 anyway.
     try:
         body.decode("utf-8")
     except UnicodeDecodeError as error:
         return Refusal(400, f"the request's body must be UTF-8, and byte {error.start} of it is not.", code="not_utf8")
     if b"\0" in body[:4]:
         return Refusal(400, "the request's body must be JSON in UTF-8.", code="not_utf8")
-    if nesting(body) > MOST_NESTED:
+    if is_nested_deeper(body, MOST_NESTED):
         return Refusal(
             400, f"the request's JSON is nested more than {MOST_NESTED} levels deep.", code="nested_too_deeply"
         )
