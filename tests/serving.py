@@ -57,7 +57,7 @@ class Model:
 
 
 def create_app(llm: Model, settings: ServerSettings) -> FastAPI:
-    """`/v1/completions` takes `events`, their `bytes`, the `pause` between them, and `stream`."""
+    """`/v1/completions` takes `stream`, `events`, their `bytes` and the `pause` between them, or `padding` of one answer."""
     app = FastAPI()
     app.state.server = SimpleNamespace(
         llm=llm, settings=settings, metrics=metrics.Metrics(llm), ready=False, draining=False, in_flight=set()
@@ -91,7 +91,8 @@ def create_app(llm: Model, settings: ServerSettings) -> FastAPI:
             return StreamingResponse(events(), media_type="text/event-stream")
         async for _ in events():
             pass
-        return JSONResponse({"caller": caller(request), "bytes": len(await request.body())})
+        padding = {"padding": "x" * body["padding"]} if "padding" in body else {}
+        return JSONResponse({"caller": caller(request), "bytes": len(await request.body()), **padding})
 
     return app
 
@@ -108,9 +109,14 @@ def serving(llm: Any = None, app: Any = create_app, **settings: Any) -> Iterator
         handle.stop()
 
 
-def connect(handle: server.Handle) -> socket.socket:
-    """A connection, with a limit on waiting that fails a test."""
-    return socket.create_connection((urlsplit(handle.url).hostname, urlsplit(handle.url).port), timeout=10)
+def connect(handle: server.Handle, window: int | None = None) -> socket.socket:
+    """A connection, with a limit on waiting that fails a test; `window` is of what its kernel takes unread."""
+    connection = socket.socket()
+    connection.settimeout(10)
+    if window is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    connection.connect((urlsplit(handle.url).hostname, urlsplit(handle.url).port))
+    return connection
 
 
 def exchange(handle: server.Handle, parts: Iterable[bytes], pause: float = 0.0) -> bytes:
