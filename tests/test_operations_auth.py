@@ -6,7 +6,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import serving
+from operations_stand_in import serving
 
 from fusedllm.serve.keys import KeyDigest, Keys, Rates
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from operations_stand_in import Model, serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Model, serving, wait_until
 
 from fusedllm.engine.stats import EngineStats
 from fusedllm.serve import logs
@@ -173,7 +173,12 @@ def test_a_request_is_one_json_line_without_what_was_asked(lines):
     (entry,) = [entry for entry in entries if entry["message"] == "request"]
     assert entry["request_id"] == "mine"
     assert entry["level"] == "info"
-    assert (entry["method"], entry["path"], entry["status"], entry["caller"]) == ("POST", "/v1/completions", 200, "key-1")
+    assert (entry["method"], entry["path"], entry["status"], entry["caller"]) == (
+        "POST",
+        "/v1/completions",
+        200,
+        "key-1",
+    )
     assert entry["seconds"] >= 0
     assert entry["time"].endswith("Z")
     text = "\n".join(lines.all())

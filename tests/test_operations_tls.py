@@ -8,7 +8,7 @@ import subprocess
 
 import httpx
 import pytest
-from serving import serving
+from operations_stand_in import serving
 
 from fusedllm.errors import SettingsError
 from fusedllm.serve import run

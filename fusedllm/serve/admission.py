@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,7 +57,8 @@ class _InFlight:
         self._task.uncancel()
         if self._ended:
             return
-        async with asyncio.timeout(LAST_WORDS_SECONDS):
+        # Who takes nothing any more gets no words either.
+        async with _at_most(LAST_WORDS_SECONDS):
             if not self._started:
                 await STOPPED.send(scope, receive, self._send)
             elif self._streams:
@@ -109,17 +112,28 @@ class Admission:
         return len(self._running)
 
     async def drain(self, seconds: float) -> int:
-        """Waits up to `seconds` for what runs, then ends the rest with an error each; how many those were."""
+        """Waits up to `seconds` for what runs, then ends the rest with an error each; how many those were.
+
+        Sessions end themselves, in the words of their endpoint. What does not, or is none, is ended from here.
+        """
         await self._wait(seconds)
-        rest = list(self._running)
-        for request in rest:
+        rest = len(self._running)
+        for session in list(self._state.in_flight):
+            session.cancel()
+        await self._wait(LAST_WORDS_SECONDS if self._state.in_flight else 0.0)
+        for request in list(self._running):
             request.interrupt()
         await self._wait(2 * LAST_WORDS_SECONDS)
-        return len(rest)
+        return rest
 
     async def _wait(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            pass
+        async with _at_most(seconds):
+            await self._idle.wait()
+
+
+@contextlib.asynccontextmanager
+async def _at_most(seconds: float) -> AsyncIterator[None]:
+    """Inside, what takes longer is given up."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            yield

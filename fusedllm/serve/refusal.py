@@ -36,8 +36,8 @@ class Refusal:
         return json.dumps({"error": error}).encode()
 
     def event(self) -> bytes:
-        """The error object, as the event that ends a stream."""
-        return b"data: " + self.body() + b"\n\n"
+        """The error object, as the events that end a stream."""
+        return b"data: " + self.body() + b"\n\ndata: [DONE]\n\n"
 
     async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with this; a connection on which much more is to come is closed, after a moment."""

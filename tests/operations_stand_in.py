@@ -19,7 +19,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from fusedllm.engine.stats import EngineStats
-from fusedllm.serve import health, metrics, server
+from fusedllm.serve import health, lifecycle, metrics, server
 from fusedllm.serve.auth import caller
 from fusedllm.serve.settings import ServerSettings
 
@@ -57,7 +57,7 @@ class Model:
 
 
 def create_app(llm: Model, settings: ServerSettings) -> FastAPI:
-    """`/v1/completions` takes `stream`, `events`, their `bytes` and the `pause` between them, or `padding` of one answer."""
+    """`/v1/completions` takes `stream`, `events`, their `bytes`, the `pause` between them, `padding` of an answer."""
     app = FastAPI()
     app.state.server = SimpleNamespace(
         llm=llm, settings=settings, metrics=metrics.Metrics(llm), ready=False, draining=False, in_flight=set()
@@ -68,6 +68,10 @@ def create_app(llm: Model, settings: ServerSettings) -> FastAPI:
     @app.get("/")
     async def page() -> str:
         return "page"
+
+    @app.get("/running")
+    async def running() -> int:
+        return llm.running
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, str]:
@@ -101,7 +105,7 @@ def create_app(llm: Model, settings: ServerSettings) -> FastAPI:
 def serving(llm: Any = None, app: Any = create_app, **settings: Any) -> Iterator[server.Handle]:
     """A server in a thread, on a free port, that is stopped at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "create_app", app)
+        patch.setattr(lifecycle, "create_app", app)
         handle = server.run(llm or Model(), **{"port": 0, "drain_seconds": 0.0, **settings}, block=False)
     try:
         yield handle
@@ -154,7 +158,7 @@ def wait_until(condition: Any, seconds: float = 10.0) -> None:
 
 def main(programs: str = "1", seconds: str = "0", **settings: Any) -> None:
     """A server in the main thread of a process, as a terminal would run it."""
-    server.create_app = create_app
+    lifecycle.create_app = create_app
     server.run(Model(programs=int(programs), seconds=float(seconds)), port=0, **settings)
 
 
