@@ -49,6 +49,10 @@ class EngineStoppedError(FusedLLMError):
     """A request came to an engine that no longer takes any: it is draining, or its thread has ended."""
 
 
+class SettingsError(FusedLLMError):
+    """A setting of the server is out of range or contradicts another, or it can't listen where it was told to."""
+
+
 class ImplementationError(FusedLLMError):
     """A kernel implementation was asked for that can't run on this backend; the message says why."""
 

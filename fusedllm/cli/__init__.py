@@ -1,1 +1,1 @@
-"""The command line: `fusedllm generate | perplexity | convert | pull | models`. One file a command."""
+"""The command line: `fusedllm generate | serve | perplexity | convert | pull | models`. One file a command."""

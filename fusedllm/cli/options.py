@@ -6,7 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusedllm.engine.config import EngineConfig
     from fusedllm.llm import LLM
+    from fusedllm.weights.checkpoint import Checkpoint
 
 DEFAULT_CKPT = "smollm2-135m"
 
@@ -42,18 +46,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
 
 
-def load_model(options: argparse.Namespace) -> LLM:
-    """The model that the options name."""
+def load_model(
+    options: argparse.Namespace, ckpt: str | Path | Checkpoint | None = None, engine: EngineConfig | None = None
+) -> LLM:
+    """The model that the options name; `ckpt` if that has been opened already, and `engine` if sizes were chosen."""
     from fusedllm.llm import load
 
     return load(
-        options.ckpt,
+        options.ckpt if ckpt is None else ckpt,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
         activation_bits=options.activation_bits,
         threads=options.threads,
         max_context=options.max_context,
+        engine=engine,
         random_weights=options.random_weights,
         progress=True,
     )

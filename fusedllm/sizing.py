@@ -1,0 +1,80 @@
+"""`fitting_engine`: an engine's sizes from the words of the user and the memory that there is, before loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from fusedllm.backend import cache_dtype, compute_dtype, runs_native
+from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
+from fusedllm.engine.memory import available_bytes, cache_tokens_for, weight_bytes
+from fusedllm.errors import RequestError
+from fusedllm.weights import registry
+from fusedllm.weights.checkpoint import Checkpoint
+from fusedllm.weights.open import open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How large the KV cache shall be, in one of three ways, or (all `None`) as the requests need; see
+    `cache_tokens_for`.
+    """
+
+    fraction: float | None = None
+    bytes: int | None = None
+    tokens: int | None = None
+
+
+def fitting_engine(
+    ckpt: str | Path,
+    size: CacheSize,
+    *,
+    batch_buckets: tuple[int, ...],
+    token_budget: int,
+    dtype: str = "auto",
+    kv_dtype: str = "auto",
+    implementation: str | None = None,
+    max_context: int | None = None,
+    random_weights: bool = False,
+    progress: bool = False,
+) -> tuple[str | Path | Checkpoint, EngineConfig]:
+    """What to give `load` as `ckpt` and as `engine`, so that weights and KV cache fit; nothing is read yet.
+
+    The options are those of `load` and of `EngineConfig`.
+
+    Raises:
+      RequestError: it can't fit; the numbers are in the message.
+      SourceError, CheckpointError, ConfigError: as `load`.
+    """
+    compute = np.dtype(compute_dtype(dtype))
+    as_filed = dtype == "auto" and runs_native(implementation)
+    source: str | Path | Checkpoint = ckpt
+    if random_weights:
+        config = registry.architecture(ckpt)
+        weights = config.num_parameters * (2 if as_filed else compute.itemsize)
+    else:
+        source = checkpoint = open_checkpoint(registry.resolve(ckpt, progress=progress))
+        config = checkpoint.config
+        weights = weight_bytes(checkpoint, None if as_filed else compute)
+    context = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
+    if context < 1:
+        raise RequestError(f"max_context must be an integer of at least 1, got {context}.")
+    sizes = EngineConfig(max_context=context, batch_buckets=batch_buckets, token_budget=token_budget)
+    tokens = cache_tokens_for(
+        config,
+        cache_dtype(kv_dtype, jnp.bfloat16 if dtype == "auto" else compute),
+        max_context=context,
+        max_batch=sizes.max_batch,
+        page_size=sizes.page_size,
+        available=available_bytes(),
+        weights=weights,
+        fraction=size.fraction,
+        cache_bytes=size.bytes,
+        cache_tokens=size.tokens,
+    )
+    return source, EngineConfig(
+        max_context=context, batch_buckets=batch_buckets, token_budget=token_budget, cache_tokens=tokens
+    )
