@@ -32,8 +32,8 @@ def make(**engine) -> LLM:
 
 @pytest.fixture
 def llm():
-    llm = make(max_queue=4)
-    llm.engine.start()
+    llm = make()
+    llm.engine.start(max_queue=4)
     yield llm
     llm.engine.stop()
 

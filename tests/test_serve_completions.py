@@ -214,7 +214,6 @@ def test_an_echo_with_log_probabilities_scores_the_prompt(app, scored, stream, m
     assert found["text_offset"][len(ids) :] == [len(PROMPT)] * max_tokens
 
 
-@pytest.mark.xfail(strict=True, reason="the engine does not score prompts yet")
 def test_the_engine_scores_an_echoed_prompt(app, served_llm):
     body = {"prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 1}
     found = answer_of(app, body)["choices"][0]["logprobs"]["token_logprobs"]

@@ -18,7 +18,6 @@ NAME = "serve"
 HELP = "serve a model over HTTP, as OpenAI does"
 
 DEFAULT_MAX_BATCH = 16
-DEFAULT_TOKEN_BUDGET = 256
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -32,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"requests that run together (default {DEFAULT_MAX_BATCH})",
     )  # fmt: skip
     group.add_argument(
-        "--token-budget", type=int, default=DEFAULT_TOKEN_BUDGET, metavar="TOKENS",
-        help=f"of prompts, in one launch beside running requests (default {DEFAULT_TOKEN_BUDGET})",
+        "--token-budget", type=int, default=0, metavar="TOKENS",
+        help="of prompts, between two steps of running requests (default 256)",
     )  # fmt: skip
     memory = group.add_mutually_exclusive_group()
     memory.add_argument(

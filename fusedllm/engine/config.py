@@ -30,7 +30,6 @@ class EngineConfig:
       token_budget: prompt tokens that are computed between two decode steps while requests decode; by default 256, or
         the smallest prefill bucket if that is larger.
       prefix_cache: whether prompts that begin alike share pages.
-      max_queue: requests that may wait; `None` is any number.
 
     Raises:
       RequestError: sizes that contradict one another.
@@ -45,7 +44,6 @@ class EngineConfig:
     latency_seconds: float = 0.1
     token_budget: int = 0
     prefix_cache: bool = True
-    max_queue: int | None = None
 
     def __post_init__(self) -> None:
         if not self.cache_tokens:
@@ -55,8 +53,6 @@ class EngineConfig:
         for name in ("max_context", "page_size", "cache_tokens", "decode_steps", "token_budget"):
             if not _is_count(getattr(self, name)):
                 raise RequestError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
-        if self.max_queue is not None and not _is_count(self.max_queue):
-            raise RequestError(f"max_queue must be an integer of at least 1, or None, got {self.max_queue!r}.")
         if not self.latency_seconds > 0:
             raise RequestError(f"latency_seconds must be a positive number, got {self.latency_seconds!r}.")
         if self.cache_tokens < self.max_context:

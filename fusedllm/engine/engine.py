@@ -56,6 +56,7 @@ class Engine:
         self._arrived = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._max_queue: int | None = None
         # Whether the device state was lost and could not be made anew.
         self._broken = False
 
@@ -147,9 +148,10 @@ class Engine:
                 on_program("log-probabilities of the prompt")
                 self.runner.warm_up_scores(SCORED_CHUNK)
 
-    def start(self) -> None:
-        """Runs requests in a thread of its own until `stop`; `submit` needs it."""
+    def start(self, max_queue: int | None = None) -> None:
+        """Runs requests in a thread of its own until `stop`; `submit` needs it, and lets `max_queue` requests wait."""
         if not self.alive:
+            self._max_queue = max_queue
             self._stopping = False
             self._thread = threading.Thread(target=self._serve, name="fusedllm-engine", daemon=True)
             self._thread.start()
@@ -177,7 +179,7 @@ class Engine:
         with self._arrived:
             if self._stopping or not self.alive:
                 raise EngineStoppedError("the engine has stopped; start the server anew.")
-            most = self.config.max_queue
+            most = self._max_queue
             waiting = self._scheduler.num_waiting + len(self._inbox)
             if most is not None and waiting >= most + self._free_seats:
                 raise QueueFullError(f"{waiting} requests wait already, and {most} may; try again later.")

@@ -103,7 +103,7 @@ class Lifecycle:
             await _first(serving, server.listening.wait())
             await self._warm_up()
             with watch_compiles(self._on_compile):
-                self.llm.engine.start()
+                self.llm.engine.start(self.settings.max_queue)
                 state.ready = True
                 self.ready.set()
                 print(f"ready at {self.url}", flush=True)
