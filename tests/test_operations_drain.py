@@ -69,8 +69,8 @@ def start_streams(process, pool, specifications):
 def test_sigterm_under_load_ends_every_stream_whole_or_with_an_error_and_exits_with_0():
     with Process(drain_seconds=2.5) as process, ThreadPoolExecutor(8) as pool:
         process.wait_ready()
-        short = start_streams(process, pool, [(10, 0.1)] * 3)
-        long = start_streams(process, pool, [(1000, 0.05)] * 3)
+        streams = start_streams(process, pool, [(20, 0.1)] * 3 + [(1000, 0.05)] * 3)
+        short, long = streams[:3], streams[3:]
         process.process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503)
         # Alive, and not to be given anything new.
