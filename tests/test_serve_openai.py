@@ -54,7 +54,8 @@ def test_a_chat_is_answered(client, served_llm):
     expected = served_llm.chat(MESSAGES, max_tokens=8)
     assert answer.choices[0].message.content == expected.text
     assert answer.usage.total_tokens == expected.usage.total_tokens
-    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    # Whole pages, of which other tests may have cached some; the last token is always computed.
+    assert answer.usage.prompt_tokens_details.cached_tokens in range(0, answer.usage.prompt_tokens, 16)
 
 
 def test_a_chat_is_streamed_with_its_usage(client, served_llm):
