@@ -214,7 +214,8 @@ def test_a_grammar_is_followed_whatever_its_company_does(llm, tiny_llm):
             assert tokens == alone.token_ids
         else:
             assert [token % 2 for token in tokens] == [0, 1] * 15
-            assert tuple(grammar.taken) == tokens
+            # The token that ends a request is nobody's business any more.
+            assert tuple(grammar.taken) == tokens[:-1]
 
 
 def test_a_request_alone_equals_itself_among_others_with_cancels_and_preemptions():

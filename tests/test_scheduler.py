@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from fusedllm.engine.pages import Pages
 from fusedllm.engine.prefix import PrefixCache
 from fusedllm.engine.request import Sequence
 from fusedllm.engine.scheduler import PRIORITY_SECONDS, STEPS_WHILE_WAITING, Plan, Scheduler
+from fusedllm.errors import RequestError
 
 SMALL = EngineConfig(
     max_context=64, page_size=4, cache_tokens=96, prefill_buckets=(4, 8, 16), batch_buckets=(1, 2, 4), decode_steps=6,
@@ -289,7 +291,7 @@ def test_a_step_with_a_grammar_is_one_step():
 
     class Anything:
         def mask(self):
-            raise AssertionError("the scheduler asked for a mask")
+            return np.full(4, 2**32 - 1, np.uint32)
 
         def accept(self, token):
             self.taken = [*getattr(self, "taken", []), token]
@@ -300,7 +302,32 @@ def test_a_step_with_a_grammar_is_one_step():
         plan = device.step(ahead=0)
         assert plan is None or plan.steps == 1
         assert device.scheduler.constrained != sequence.finished
-    assert grammar.taken == expected(sequence)
+    assert grammar.taken == expected(sequence)[:4]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_a_grammar_that_gives_up_ends_its_request_alone_with_its_sentence(tokens):
+    class GivesUp:
+        left = tokens
+
+        def mask(self):
+            if not self.left:
+                raise RequestError("the grammar takes too long to follow.")
+            self.left -= 1
+            return np.full(4, 2**32 - 1, np.uint32)
+
+        def accept(self, token):
+            pass
+
+    device = FakeDevice(SMALL)
+    hard, easy = request([1], 5, constraint=GivesUp()), request([2], 5)
+    assert device.scheduler.add(hard) == (tokens > 0)
+    assert device.scheduler.add(easy)
+    device.run()
+    assert device.answers[easy] == expected(easy)
+    assert device.answers.get(hard, []) == expected(hard)[:tokens]
+    assert (hard.finish_reason, hard.error) == ("error", "the grammar takes too long to follow.")
+    assert device.scheduler.finished == {"error": 1, "length": 1}
 
 
 def test_prefixes_are_given_up_least_recently_used_first_and_from_their_ends():

@@ -272,7 +272,8 @@ class Engine:
         for sequence, deliver in arrived:
             if not sequence.finished:
                 self._deliver[sequence] = deliver
-                self._scheduler.add(sequence)
+                if not self._scheduler.add(sequence):
+                    self._delivered(sequence, Chunk((), (), sequence.finish_reason))
         for sequence in cancelled:
             self._end(sequence, "cancelled")
         for sequence in self._scheduler.overdue(time.perf_counter()):

@@ -88,11 +88,11 @@ class Flights:
         seats = [(_seat(row.job), row.entry, row.pages) for row in rows]
         order = orders(self._runner.engine, seats)
         allowed = None
-        if any(row.job.sequence.constraint is not None for row in rows):
+        if any(row.job.mask is not None for row in rows):
             allowed = self._runner.all_allowed(order.shape[0])
             for index, row in enumerate(rows):
-                if row.job.sequence.constraint is not None:
-                    allowed[index] = row.job.sequence.constraint.mask()
+                if row.job.mask is not None:
+                    allowed[index] = row.job.mask
         outputs = self._runner.decode(order, steps, allowed)
         return _Launch(outputs, tuple((row.job, row.job.turn) for row in rows), steps)
 
@@ -109,7 +109,7 @@ class Flights:
         if scores is not None and targets is not None:
             job.scores.append((scores, targets))
         if chunk.last:
-            outputs = self._runner.admit(_seat(job), sequence, job.ids, job.holding.pages, hidden)
+            outputs = self._runner.admit(_seat(job), sequence, job.ids, job.holding.pages, hidden, job.mask)
             flight.launches.append(_Launch(outputs, ((job, job.turn),), 0))
         timings.compile_seconds += self._runner.compile_seconds - compiled
         return hidden

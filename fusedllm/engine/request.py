@@ -16,7 +16,10 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class Constraint(Protocol):
-    """What may come next in a request whose output follows a grammar."""
+    """What may come next in a request whose output follows a grammar.
+
+    Both methods raise a `FusedLLMError` where it can't be followed; the request ends with its sentence then.
+    """
 
     def mask(self) -> np.ndarray:
         """uint32 `[ceil(vocab / 32)]`: bit `t % 32` of word `t // 32` says whether token `t` may come next."""
@@ -90,6 +93,7 @@ class Sequence:
       cache_salt: only requests of the same salt share pages of their prompts.
       constraint: the grammar that the output follows.
       prompt_logprobs: as `SamplingParams.logprobs`, for the tokens of the prompt.
+      error: why the request ended by its own fault, for the user.
       cached_tokens: of the prompt, how many were found in the prefix cache when its prefill began.
     """
 
@@ -103,6 +107,7 @@ class Sequence:
     cache_salt: str = ""
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
+    error: str | None = None
     cached_tokens: int = 0
     pages: tuple[int, ...] = ()
     generated: int = 0

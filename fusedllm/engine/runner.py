@@ -164,12 +164,19 @@ class Runner:
         return out
 
     def admit(
-        self, seat: int, sequence: engine_request.Sequence, ids: Sequence[int], pages: Sequence[int], hidden: jax.Array
+        self,
+        seat: int,
+        sequence: engine_request.Sequence,
+        ids: Sequence[int],
+        pages: Sequence[int],
+        hidden: jax.Array,
+        mask: np.ndarray | None = None,
     ) -> StepOutputs:
-        """Draws the next token of a sequence whose tokens so far are `ids`, and puts it into `seat`."""
-        allowed: Any = self._all_allowed[1]
-        if sequence.constraint is not None:
-            allowed = sequence.constraint.mask()[None].copy()
+        """Draws the next token of a sequence whose tokens so far are `ids`, and puts it into `seat`.
+
+        `mask` (uint32 `[words]`) says what its grammar allows.
+        """
+        allowed: Any = self._all_allowed[1] if mask is None else mask[None].copy()
         request = self._describe(sequence, ids, pages)
         self._seats, outputs = self._launch(
             "admission", self._admit, self._head, self._seats, np.int32(seat), request, hidden, allowed

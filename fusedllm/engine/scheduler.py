@@ -12,12 +12,15 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from fusedllm.engine.config import EngineConfig, split_into_chunks
 from fusedllm.engine.pages import Holding, Pages
 from fusedllm.engine.request import Chunk, FinishReason, Sequence, TokenLogprob
+from fusedllm.errors import FusedLLMError
 
 # A request of a priority lower by one goes before those that came up to this many seconds earlier. So whoever waits
 # is overtaken for a bounded time only.
@@ -40,6 +43,7 @@ class Job:
       drawn: tokens that will be there after what has been launched, unless the program ends the request before.
       seat: its row of the device's slots, from the start of its prefill.
       turn: counts preemptions, so that a launch of an earlier turn is known as such.
+      mask: what may come next, of a request that follows a grammar.
       scores: log-probabilities of the prompt that were launched in this turn, as the runner made them.
     """
 
@@ -52,6 +56,7 @@ class Job:
     seat: int | None = None
     decoding: bool = False
     turn: int = 0
+    mask: np.ndarray | None = None
     scores: list[Any] = field(default_factory=list)
 
     @property
@@ -133,13 +138,17 @@ class Scheduler:
         """All requests; only those that run, or that wait, where told so."""
         return [job.sequence for job in self._jobs.values() if running is None or (job.seat is not None) == running]
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a request, whose prompt and budget must fit the context."""
+    def add(self, sequence: Sequence) -> bool:
+        """Queues a request, whose prompt and budget must fit the context; no if its grammar allows nothing."""
         due = sequence.timings.arrived + sequence.priority * PRIORITY_SECONDS
         job = Job(sequence, list(sequence.prompt), (due, next(self._serial)))
+        if not self._constrain(job):
+            self.finished["error"] += 1
+            return False
         self._jobs[sequence] = job
         heapq.heappush(self._waiting, (job.order, job))
         self.counts["prompt_tokens"] += len(job.ids)
+        return True
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a request for a reason outside of it, unless it has ended; its pages and seat are free at once.
@@ -183,14 +192,25 @@ class Scheduler:
             return None
         job.ids += tokens
         self.counts["generated_tokens"] += len(tokens)
-        if sequence.constraint is not None:
-            for token in tokens:
-                if token not in sequence.stop_ids:
-                    sequence.constraint.accept(token)
         chunk = sequence.accept(tokens, logprobs)
+        if chunk.finish_reason is None and not self._constrain(job, tokens):
+            chunk = replace(chunk, finish_reason=sequence.finish_reason)
         if chunk.finish_reason is not None:
             self.end(sequence, chunk.finish_reason)
         return chunk
+
+    def _constrain(self, job: Job, tokens: tuple[int, ...] = ()) -> bool:
+        """Goes on in the job's grammar; where that can't be followed further its request ends, and the answer is no."""
+        constraint = job.sequence.constraint
+        if constraint is None:
+            return True
+        try:
+            for token in tokens:
+                constraint.accept(token)
+            job.mask = constraint.mask()
+        except FusedLLMError as error:
+            job.sequence.finish_reason, job.sequence.error = "error", str(error)
+        return not job.sequence.finished
 
     def _plan_chunks(self, decoding: bool) -> Iterator[PrefillChunk]:
         """The next chunks, within the budget where somebody decodes; else as many as the largest chunk has tokens."""
