@@ -48,4 +48,5 @@ def test_made_up_requests_are_answered_as_described(served_llm, mode):
 
         answered()
     expected = 400 if mode.is_negative else 200
-    assert {(path, expected) for path in POSTS} <= seen
+    # (A conversation to be tokenized, or a prompt: the description can't say that it is one of both.)
+    assert {(path, expected) for path in POSTS if path != "/tokenize"} <= seen
