@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from conftest import TINY, TINY_ENGINE
 from serving import MODEL, app_of, ask, events_of
 
 from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.llm import LLM
-from fusedllm.serve.logprobs import FLOOR, LegacyFormat, finite, token_label
+from fusedllm.serve.logprobs import token_label
 from fusedllm.serve.schemas_completions import CompletionBody
 from fusedllm.weights.random import random_params
 
@@ -220,28 +218,6 @@ def test_the_engine_scores_an_echoed_prompt(app, served_llm):
     expected = served_llm.engine.score(served_llm.encode(PROMPT))
     # Two programs of the same float32 arithmetic in another order.
     assert found[1:-1] == pytest.approx(list(expected), abs=1e-3)
-
-
-def test_tokens_that_are_no_text_have_labels_that_differ(served_llm):
-    tokenizer = served_llm.tokenizer
-    halves = tokenizer.encode("\U0001f9ff")
-    assert len(halves) > 1
-    labels = [token_label(tokenizer, token) for token in halves]
-    assert len(set(labels)) == len(labels)
-    assert all(label.startswith("bytes:\\x") for label in labels)
-    assert token_label(None, 7) == "token_id:7"
-
-
-def test_offsets_count_characters_that_are_complete(served_llm):
-    halves = served_llm.tokenizer.encode("a\U0001f9ffb")
-    form = LegacyFormat(served_llm.tokenizer, 0)
-    offsets = form.answer([TokenLogprob(token, -1.0) for token in halves])["text_offset"]
-    assert offsets == [0, *[1] * (len(halves) - 2), 2]
-
-
-def test_numbers_that_json_does_not_have_become_the_floor():
-    assert finite(-math.inf) == finite(math.nan) == FLOOR
-    assert finite(-1.5) == -1.5
 
 
 def test_a_model_without_a_tokenizer_answers_ids():
