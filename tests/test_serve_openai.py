@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 
 import openai
 import pytest
@@ -169,3 +171,35 @@ def test_a_stream_may_be_closed_midway(client, texts_client):
     next(iter(stream))
     stream.close()
     assert client.completions.create(prompt="Hi", **GREEDY).usage.completion_tokens == 8
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_follows_its_schema_whole_and_streamed(client, temperature):
+    asked = {
+        "model": MODEL, "messages": [{"role": "user", "content": "Describe a person."}], "temperature": temperature,
+        "seed": 5, "max_tokens": 200,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}},
+    }  # fmt: skip
+    answer = client.chat.completions.create(**asked)
+    assert answer.choices[0].finish_reason == "stop"
+    person = json.loads(answer.choices[0].message.content)
+    assert set(person) == {"name", "age"}
+    assert isinstance(person["age"], int)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == answer.choices[0].message.content
+
+
+def test_two_answers_to_one_prompt_follow_the_schema_each(client):
+    answers = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, n=2, seed=1, temperature=1, max_tokens=60,
+        extra_body={"structured_outputs": {"regex": "(yes|no), [a-z]{3,5}!"}},
+    )  # fmt: skip
+    assert all(re.fullmatch(r"(yes|no), [a-z]{3,5}!", choice.message.content) for choice in answers.choices)

@@ -56,6 +56,20 @@ def test_an_end_that_is_no_answer_is_an_error(app, served_llm, monkeypatch, reas
     assert app.state.server.in_flight == set()
 
 
+def test_a_grammar_that_can_not_be_followed_further_is_the_clients_fault(app, served_llm, monkeypatch):
+    engine = ScriptedEngine(served_llm, monkeypatch, [Chunk((), (), "error")])
+    scripted = engine.submit
+
+    def submit(sequence, deliver):
+        sequence.error = "the grammar takes too long to follow."
+        scripted(sequence, deliver)
+
+    monkeypatch.setattr(served_llm.engine, "submit", submit)
+    response = ask(app, TEXT, {"prompt": "Hi"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "the grammar takes too long to follow."
+
+
 @pytest.mark.parametrize(("reason", "status", "code"), ENDS)
 def test_in_a_stream_the_error_is_an_event_after_what_was_said(app, served_llm, monkeypatch, reason, status, code):
     ScriptedEngine(served_llm, monkeypatch, [Chunk((5,), (), None), Chunk((6,), (), None), Chunk((), (), reason)])

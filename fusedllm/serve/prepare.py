@@ -6,14 +6,16 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from fusedllm.engine.request import Constraint
 from fusedllm.errors import ContextLengthError
 from fusedllm.llm import Stream
 from fusedllm.serve.errors import bad_request
 from fusedllm.serve.schemas_common import Generation, GrammarKind
 from fusedllm.serve.state import ServerState
+
+if TYPE_CHECKING:
+    from fusedllm.text.constraint import Constraint
 
 # Encoding so many characters takes about a millisecond, for which the other clients may wait.
 INLINE_CHARACTERS = 8_192
@@ -92,7 +94,8 @@ def _prepare(server: ServerState, key: str, body: Generation, wanted: Wanted, de
         check_prompt(server, ids)
     max_tokens = wanted.max_tokens or settings.max_tokens or llm.engine.config.max_context
     samples = [body.sampling(sample, max_tokens, wanted.logprobs) for sample in range(body.n or 1)]
-    grammar = body.grammar()
+    source = body.grammar()
+    grammar = None if source is None else _compile(server, *source)
     return [
         llm.prepare(
             ids,
@@ -100,7 +103,7 @@ def _prepare(server: ServerState, key: str, body: Generation, wanted: Wanted, de
             priority=body.priority or 0,
             deadline=deadline,
             cache_salt=salt,
-            constraint=None if grammar is None else _compile(server, *grammar),
+            constraint=None if grammar is None else grammar.fresh(),
             prompt_logprobs=wanted.prompt_logprobs,
         )
         for ids in prompts
@@ -110,9 +113,9 @@ def _prepare(server: ServerState, key: str, body: Generation, wanted: Wanted, de
 
 def _compile(server: ServerState, kind: GrammarKind, source: str | list[str]) -> Constraint:
     # Most servers never see a grammar, and its library is large.
-    from fusedllm.text.constraint import Constraint as Grammar
+    from fusedllm.text.constraint import Constraint
 
     llm = server.llm
     if llm.tokenizer is None:
         raise bad_request("a grammar needs a tokenizer, and this checkpoint has none.")
-    return Grammar.compile(kind, source, llm.tokenizer, llm.config.eos_token_ids, vocab_size=llm.config.vocab_size)
+    return Constraint.compile(kind, source, llm.tokenizer, llm.config.eos_token_ids, vocab_size=llm.config.vocab_size)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fusedllm.engine.request import Chunk, FinishReason, TokenLogprob
 from fusedllm.llm import Stream
-from fusedllm.serve.errors import RETRY_AFTER, SERVER, UNAVAILABLE, APIError, internal_error
+from fusedllm.serve.errors import RETRY_AFTER, SERVER, UNAVAILABLE, APIError, bad_request, internal_error
 from fusedllm.serve.state import ServerState
 
 # The engine ends a request at its deadline; if it is stuck in a launch for this much longer, in seconds, we do.
@@ -155,7 +155,9 @@ class Session:
         if index not in self._unfinished:
             return None
         if chunk.finish_reason is not None and chunk.finish_reason in FAILURES:
-            self._fail(chunk.finish_reason)
+            error = self.streams[index].sequence.error
+            # Its own fault, a grammar that can't be followed.
+            self._fail(chunk.finish_reason, None if error is None else bad_request(error, "response_format"))
             return None
         stream = self.streams[index]
         text, logprobs, reason = stream.push(chunk), chunk.logprobs, None
@@ -182,9 +184,9 @@ class Session:
         seconds = time.perf_counter() - self._started
         self._state.metrics.observe_request(reason, usage.prompt_tokens, usage.completion_tokens, seconds)
 
-    def _fail(self, reason: FinishReason) -> None:
+    def _fail(self, reason: FinishReason, error: APIError | None = None) -> None:
         if self._failure is None:
-            self._failure, self._reason_of_failure = FAILURES[reason](), reason
+            self._failure, self._reason_of_failure = error or FAILURES[reason](), reason
         self._wake.set()
 
     def _look_after(self) -> None:
