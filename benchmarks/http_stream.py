@@ -113,17 +113,31 @@ class Connection:
                     answer.error = line.decode(errors="replace")
 
     async def _request(self, message: bytes) -> tuple[int, AsyncIterator[bytes]]:
-        if self._reader is None or self._writer is None or self._reader.at_eof():
+        status_line = await self._send(message) if self._writer is not None else b""
+        if not status_line:
+            # There is none, or the server had closed it meanwhile, as it may between two requests.
             self.close()
             self._reader, self._writer = await asyncio.open_connection(*self._address, limit=_LINE_LIMIT)
-        self._writer.write(message)
-        await self._writer.drain()
-        status = int((await self._line()).split()[1])
+            status_line = await self._send(message)
+        if not status_line:
+            raise EOFError("the server has closed the connection")
+        status = int(status_line.split()[1])
         headers = {}
         while line := await self._line():
             name, _, value = line.partition(b":")
             headers[name.strip().lower()] = value.strip().lower()
         return status, self._body(headers)
+
+    async def _send(self, message: bytes) -> bytes:
+        """Writes a request; the first line of the answer, empty where the connection is closed."""
+        assert self._reader
+        assert self._writer
+        try:
+            self._writer.write(message)
+            await self._writer.drain()
+            return await self._reader.readline()
+        except ConnectionError:
+            return b""
 
     async def _body(self, headers: dict[bytes, bytes]) -> AsyncIterator[bytes]:
         assert self._reader

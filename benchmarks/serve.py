@@ -200,21 +200,21 @@ async def first_tokens(server: Server, prompts: Prompts, arguments: argparse.Nam
     return {**seen, "ratio": seen["new"] / seen["seen"]}
 
 
-async def choose_peer(servers: list[Server], prompts: Prompts, arguments: argparse.Namespace) -> Server | None:
-    """The peer with the highest throughput; ends the others."""
-    if len(servers) < 2:
-        return servers[0] if servers else None
-    load, speeds = Load(clients=TRIAL_CLIENTS), {}
+async def choose_peer(
+    servers: list[Server], prompts: Prompts, arguments: argparse.Namespace
+) -> tuple[Server | None, dict[str, float]]:
+    """The peer with the highest throughput, and that of each by its name; ends the others."""
+    load, speeds = Load(clients=TRIAL_CLIENTS), dict[Server, float]()
     for server in servers:
         for clients in (1, TRIAL_CLIENTS):  # The first wakes it.
             requests = bodies(prompts, load, clients, arguments)
             speeds[server] = (await run(server, Load(clients=clients), requests, 0))["throughput"]
         print(f"{server.side.name}: {speeds[server]:.1f} tokens/s at {load.name}", file=sys.stderr)
-    best = max(servers, key=lambda server: speeds[server])
+    best = max(servers, key=lambda server: speeds[server], default=None)
     for server in servers:
         if server is not best:
             server.stop()
-    return best
+    return best, {server.side.name: speed for server, speed in speeds.items()}
 
 
 def loads(arguments: argparse.Namespace) -> list[Load]:
@@ -297,11 +297,11 @@ async def main_async(arguments: argparse.Namespace) -> dict[str, Any]:
             stack.callback(started[-1].stop)
             await started[-1].wait_until_ready()
         servers = {"ours": started[0]}
-        peer = await choose_peer(started[1:], prompts, arguments)
+        peer, tried = await choose_peer(started[1:], prompts, arguments)
         if peer:
             servers["peer"] = peer
         result = await measure(servers, prompts, arguments)
-    return {"peer": peer.side.name if peer else None, "tried": [side.name for side in peers], **result}
+    return {"peer": peer.side.name if peer else None, "tried": tried, **result}
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
