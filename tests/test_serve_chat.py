@@ -119,8 +119,11 @@ def grammars(monkeypatch):
         def compile(cls, kind, source, tokenizer, eos_token_ids, vocab_size=None):
             if source == "(":
                 raise RequestError("the regex '(' can't be read.")
-            asked.append((kind, source, tuple(eos_token_ids), vocab_size, made := cls()))
-            return made
+            asked.append((kind, source, tuple(eos_token_ids), vocab_size))
+            return cls()
+
+        def fresh(self):
+            return type(self)()
 
     module = types.ModuleType("fusedllm.text.constraint")
     module.Constraint = Anything
@@ -153,7 +156,9 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"'),
     ],
 )
-def test_a_grammar_is_compiled_once_for_each_answer(app, served_llm, grammars, monkeypatch, wish, kind, source):
+def test_a_grammar_is_compiled_once_and_followed_by_each_answer_for_itself(
+    app, served_llm, grammars, monkeypatch, wish, kind, source
+):
     prepared = []
     prepare = served_llm.prepare
 
@@ -163,11 +168,11 @@ def test_a_grammar_is_compiled_once_for_each_answer(app, served_llm, grammars, m
 
     monkeypatch.setattr(served_llm, "prepare", noted)
     answer_of(app, {**GREEDY, **wish, "n": 2})
-    for asked in grammars:
-        assert asked[0] == kind
-        assert (json.loads(asked[1]) if kind == "json_schema" else asked[1]) == source
-        assert asked[2:4] == (served_llm.config.eos_token_ids, served_llm.config.vocab_size)
-    assert prepared == [asked[4] for asked in grammars]
+    ((asked_kind, asked_source, *of_model),) = grammars
+    assert asked_kind == kind
+    assert (json.loads(asked_source) if kind == "json_schema" else asked_source) == source
+    assert of_model == [served_llm.config.eos_token_ids, served_llm.config.vocab_size]
+    assert None not in prepared
     assert len({id(constraint) for constraint in prepared}) == 2
 
 
