@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from fusedllm.quant.faces import (
     table_metadata,
     with_report,
 )
-from fusedllm.quant.layers import Layers
+from fusedllm.quant.layers import FLOATS, Layers
 from fusedllm.quant.methods import Method, method_named, quantize_matrix
 from fusedllm.quant.report import QuantizeReport
 from fusedllm.quant.schemes import scheme_named
@@ -102,7 +103,8 @@ def quantize(
         run = Run(
             checkpoint,
             calibration_tokens(calibration, checkpoint.tokenizer),
-            lambda name, shape: plan.scheme_of(name, shape, True),
+            # Vectors are no inputs' weights: a calibration leaves them as they are, whatever a rule says.
+            lambda name, shape: plan.scheme_of(name, shape, True) if len(shape) > 1 else None,
             how,
             plan.scale_dtype,
             None if resume is None else Path(resume).expanduser(),
@@ -122,12 +124,10 @@ def quantize(
             leave=False,
         )
         batches = quantize_batches(shown, plan, metadata, report)
+    batches = _some(batches)
     if opened.streams if streaming is None else streaming:
         return pa.RecordBatchReader.from_batches(schema, batches)
-    table = pa.Table.from_batches(list(batches), schema)
-    if table.num_rows == 0:
-        raise QuantizationError("the table is empty: there is no layer to quantize.")
-    return with_report(table, report)
+    return with_report(pa.Table.from_batches(list(batches), schema), report)
 
 
 def quantize_file(
@@ -173,7 +173,10 @@ def dequantize(source: Any) -> pa.Table:
       QuantizationError: it is no quantized table, or contradicts itself; the message names the layer.
     """
     if isinstance(source, (str, Path)):
-        source = table_at(Path(source).expanduser())
+        path = Path(source).expanduser()
+        source = table_at(path)
+        if source is None:
+            raise QuantizationError(f"{path} is neither an Arrow nor a Parquet file, so it holds no quantized table.")
     return dequantize_table(reader_of(source))
 
 
@@ -199,13 +202,31 @@ def _calibrated(
             return
         name, weights, array = tensor
         layers = Layers()
-        layers.add_array(name, weights)
+        layers.add_array(name, weights if array is not None else _as_read(weights, run.checkpoint.tensors[name].dtype))
         made = dataclasses.replace(
             plan, schemes={name: None if array is None else run.scheme_of(name, weights.shape)}, choose=_always(array)
         )
         batch, reports = encode(layers, made, metadata, started)
         report.extend(reports)
         yield batch
+
+
+def _as_read(weights: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`weights`, which a calibration has in float32, in the `dtype` of their source where that holds them."""
+    if dtype not in FLOATS.values():
+        return weights
+    with np.errstate(over="ignore"):
+        narrow = weights.astype(dtype)
+    return narrow if np.array_equal(narrow.astype(np.float32), weights) else weights
+
+
+def _some(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    found = False
+    for batch in batches:
+        found = found or batch.num_rows > 0
+        yield batch
+    if not found:
+        raise QuantizationError("the table is empty: there is no layer to quantize.")
 
 
 def _always(array: QuantArray | None) -> Callable[[str, jax.Array, GroupedScheme], QuantArray]:

@@ -110,6 +110,9 @@ def test_rules_hold_under_a_target(checkpoint):
     assert schemes["lm_head.weight"] == "int8"
     assert schemes["model.layers.0.self_attn.o_proj.weight"] == "float32"
     assert fusedllm.quantize_report(table).bits_per_weight <= 9.0
+    # Vectors stay, and count as what they are, though a rule finds them.
+    table = fusedllm.quantize(checkpoint, target_bpw=5.0, calibration=TOKENS, rules={"norm": "int8"})
+    assert fusedllm.quantize_report(table).bits_per_weight <= 5.0
 
 
 def test_a_target_that_nothing_meets_is_refused(checkpoint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -197,6 +198,70 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same_bits(tmp_path):
         next(run("gptq", directory=tmp_path).tensors())
 
 
+def other(seed: int) -> pa.Table:
+    """Weights of the model's names and shapes."""
+    rng = np.random.default_rng(seed)
+    tensors = random_checkpoint(CONFIG, "float32").tensors.values()
+    return pa.table(
+        {
+            "layer_name": [tensor.name for tensor in tensors],
+            "weights": [rng.standard_normal(math.prod(tensor.shape), np.float32) for tensor in tensors],
+            "shape": [list(tensor.shape) for tensor in tensors],
+        }
+    )
+
+
+def test_a_run_does_not_go_on_with_the_layers_of_other_weights(tmp_path):
+    """The path of a model does not tell: a table may stand for its weights, and the file may be another by now."""
+    model = convert(random_checkpoint(CONFIG, "float32"), tmp_path / "model.arrow")
+    options = {"method": "gptq", "calibration": TOKENS, "model": model, "resume": tmp_path / "kept"}
+    first = fusedllm.quantize(other(1), "int4-g32", **options)
+    with pytest.raises(QuantizationError, match="of other weights"):
+        fusedllm.quantize(other(2), "int4-g32", **options)
+    assert first.equals(fusedllm.quantize(other(1), "int4-g32", **options))
+
+
+@pytest.mark.parametrize("name", ["settings.json", "layer-0001.npz", "hidden-0001.npy"])
+def test_a_damaged_file_of_a_stopped_run_is_named(name, tmp_path):
+    list(run("rtn", directory=tmp_path).tensors())
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(QuantizationError, match=rf"{name} is damaged: remove .*"):
+        list(run("rtn", directory=tmp_path).tensors())
+
+
+def test_a_place_that_can_keep_no_layers_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(QuantizationError, match="can't be written: File exists"):
+        list(run("rtn", directory=tmp_path / "file").tensors())
+
+
+@pytest.mark.parametrize("tokens", [np.full((1, 8), 97), np.full((1, 8), -1), np.zeros((0, 8), int)])
+def test_tokens_that_the_model_does_not_have_are_refused(tokens):
+    with pytest.raises(QuantizationError, match="from 0 to 96"):
+        dataclasses.replace(run("rtn"), tokens=tokens)
+
+
+def test_a_name_that_occurs_twice_is_refused_by_a_calibration_too(tmp_path):
+    model = convert(random_checkpoint(CONFIG, "float32"), tmp_path / "model.arrow")
+    table = pa.concat_tables([other(1), other(1).slice(3, 1)])
+    with pytest.raises(QuantizationError, match="occurs twice"):
+        fusedllm.quantize(table, method="gptq", calibration=TOKENS, model=model)
+
+
+def test_what_a_calibration_leaves_keeps_its_dtype():
+    checkpoint = random_checkpoint(CONFIG, "bfloat16")
+    keywords = {"rules": {"lm_head": "keep", "norm": "int8"}, "calibration": TOKENS}
+    table = fusedllm.quantize(checkpoint, "int8", method="gptq", **keywords)
+    schemes = dict(zip(table["layer_name"].to_pylist(), table["scheme"].to_pylist(), strict=True))
+    assert schemes["lm_head.weight"] == "bfloat16"
+    assert schemes["model.norm.weight"] == "bfloat16"
+    read = fusedllm.dequantize(table)
+    row = read["layer_name"].to_pylist().index("lm_head.weight")
+    exact = np.asarray(checkpoint.tensors["lm_head.weight"].read(), np.float32)
+    np.testing.assert_array_equal(np.array(read["weights"][row].as_py(), np.float32), exact.reshape(-1))
+
+
 def test_tokens_come_from_a_file_a_list_an_array_or_python_itself(smollm2_checkpoint, tmp_path):
     tokenizer = smollm2_checkpoint.tokenizer
     default = calibration_tokens(None, tokenizer, windows=4)
@@ -225,6 +290,8 @@ def test_what_perplexity_is_measured_on_is_held_back():
         ([1, 2], "must be a path, a list of texts"),
         (np.zeros((2, 2)), "must be integers"),
         (np.arange(5), "has 5 tokens; at least one window of 512"),
+        (np.array([[3, -1]]), "from 0 to 2147483647, got -1 to 3"),
+        (np.array([[3, 2**40]]), "from 0 to 2147483647, got 3 to 1099511627776"),
     ],
 )
 def test_bad_calibration_is_refused(smollm2_checkpoint, calibration, sentence):

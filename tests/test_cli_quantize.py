@@ -41,6 +41,19 @@ def test_into_parquet_with_the_report_printed(source, tmp_path, capsys):
     assert pq.read_table(tmp_path / "q.parquet").num_rows == len(random_checkpoint(CONFIG, "float32").tensors)
 
 
+def test_a_format_that_is_asked_for_is_written_whatever_the_suffix(source, tmp_path):
+    assert run(source, tmp_path / "q.bin", "--scheme", "int4-g32", "--format", "arrow") == 0
+    assert {tensor.quantization for tensor in open_checkpoint(tmp_path / "q.bin").tensors.values()} == {
+        "int4-g32",
+        None,
+    }
+
+
+def test_a_directory_that_is_missing_is_made_for_every_format(source, tmp_path):
+    for name in ("q.arrow", "q.gguf"):
+        assert run(source, tmp_path / "new" / name[2:] / name, "--scheme", "int4-g32-sym") == 0
+
+
 @pytest.mark.parametrize(("name", "kind"), [("q.gguf", "Q4_0"), ("q.safetensors", "int4-g32-sym")])
 def test_into_the_formats_of_others(source, tmp_path, name, kind):
     assert run(source, tmp_path / name, "--scheme", "int4-g32-sym", "--rule", "embed|head=keep") == 0
@@ -53,6 +66,7 @@ def test_into_the_formats_of_others(source, tmp_path, name, kind):
     ("arguments", "sentence"),
     [
         (["q.bin"], "the suffix of"),
+        (["q.orbax"], "which holds no codes"),
         (["q.arrow", "--scheme", "int5"], "no scheme 'int5'"),
         (["q.arrow", "--method", "magic"], "no quantization method 'magic'"),
         (["q.arrow", "--rule", "nonsense"], "PATTERN=SCHEME"),

@@ -8,11 +8,13 @@ import pytest
 from test_calibrate import CONFIG
 
 import fusedllm
+from fusedllm.errors import QuantizationError
 from fusedllm.quant.blocks import SCHEMES as BLOCKS
 from fusedllm.quant.schemes import SCHEMES
 from fusedllm.weights.convert import convert
 from fusedllm.weights.gguf_grouped import block_name, blocks_of
 from fusedllm.weights.open import open_checkpoint
+from fusedllm.weights.quantized import of_table
 from fusedllm.weights.random import random_checkpoint
 
 
@@ -29,6 +31,25 @@ def test_blocks_have_the_values_of_the_codes(scheme):
         assert (np.abs(decoded - array.dequantize()) <= step * 15 * 2**-11).all()
     else:
         np.testing.assert_array_equal(decoded, array.dequantize())
+
+
+@pytest.mark.parametrize(("scheme", "scale_dtype"), [("int4-g32", "float16"), ("int4-g32-sym", "float32")])
+def test_what_is_beyond_the_float16_of_a_block_is_refused_by_its_tensor(scheme, scale_dtype, tmp_path):
+    """Q4_1 stores its minimum, fifteen times a scale; before, both became infinite in silence."""
+    checkpoint = random_checkpoint(CONFIG, "float32")
+    weights = {name: np.asarray(tensor.read()) for name, tensor in checkpoint.tensors.items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = -np.abs(weights[name]) * np.float32(8e5 / np.abs(weights[name]).max())
+    table = fusedllm.quantize(
+        weights,
+        scheme,
+        scale_dtype=scale_dtype,
+        rules={"embed": "keep"},
+        model=convert(checkpoint, tmp_path / "m.arrow"),
+    )
+    with pytest.raises(QuantizationError, match=rf"{name}: Q4_. has scales and minimums of float16"):
+        convert(of_table(table), tmp_path / "q.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.arrow"]
 
 
 def test_other_codes_have_no_blocks():

@@ -177,6 +177,26 @@ def test_awq_is_read_in_its_own_order(size, width, zero_point):
     )
 
 
+@pytest.mark.parametrize("awq", [False, True])
+def test_a_group_that_is_longer_than_the_row_is_the_row(awq):
+    """A size that a stranger wrote asks for no memory: rows were padded to it before."""
+    codes, zeros, scales = np.full((32, 8), 7), np.full((1, 8), 5), np.ones((1, 8), np.float16)
+    words = words_of_awq if awq else lambda codes: words_down(codes, 4)
+    stored = words_of_awq(zeros) if awq else np.ascontiguousarray(words_down((zeros - 1).T, 4).T)
+    parts = {f"{MODULE}.qweight": words(codes), f"{MODULE}.qzeros": stored, f"{MODULE}.scales": scales}
+    size = {"group_size": 2**30}
+    read = read_awq({"bits": 4, **size}, plain(parts)) if awq else read_gptq({**asked(), **size}, plain(parts))
+    assert read[NAME].read_quantized().values.nbytes == 8 * 16
+    np.testing.assert_array_equal(read[NAME].read(), np.full((8, 32), 2.0))
+
+
+@pytest.mark.parametrize("awq", [False, True])
+def test_a_matrix_without_codes_is_refused(awq):
+    parts = {f"{MODULE}.qweight": np.zeros((0, 8), np.int32)}
+    with pytest.raises(CheckpointError, match="holds no codes"):
+        (read_awq({"bits": 4, "group_size": 32}, plain(parts)) if awq else read_gptq(asked(), plain(parts)))
+
+
 def test_a_bias_and_everything_else_stay():
     codes, zeros, scales = numbers(4, 64, 16, 2, 0)
     parts = gptq_parts(codes, zeros, scales, 4, None)

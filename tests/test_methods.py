@@ -251,6 +251,16 @@ def test_damping_rises_until_a_singular_hessian_has_a_factor():
     assert np.isfinite(np.asarray(factor.upper)).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_hessian_that_is_not_finite_is_refused(value):
+    """No damping helps, and the codes would be noise."""
+    hessian = np.eye(64, dtype=np.float32)
+    hessian[3, 3] = value
+    ones = jnp.ones(64)
+    with pytest.raises(QuantizationError, match="needs a finite Hessian"):
+        quantize_matrix(jnp.ones((2, 64)), SCHEMES["int4-g32"], "gptq", Statistics(ones, ones, jnp.asarray(hessian)))
+
+
 def test_columns_without_inputs_are_rounded_to_the_nearest():
     weights, scheme = random_weights(), SCHEMES["int8-g32"]
     dead = np.arange(5, 40)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusedllm.errors import QuantizationError
+from fusedllm.weights.files import disk_errors
 
 _SETTINGS = "settings.json"
 
@@ -24,14 +27,18 @@ class Finished:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        with disk_errors(directory, QuantizationError):
+            directory.mkdir(parents=True, exist_ok=True)
         found = directory / _SETTINGS
         text = json.dumps(settings, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
         if found.exists():
-            if json.loads(found.read_text(encoding="utf-8")).get("digest") != digest:
+            with self._whole(found):
+                known = json.loads(found.read_text(encoding="utf-8"))["digest"]
+            if known != digest:
                 raise QuantizationError(
-                    f"{directory} holds layers of a calibration with other settings: remove it, or choose another."
+                    f"{directory} holds layers of a calibration of other weights or with other settings: remove it, or "
+                    "choose another."
                 )
         else:
             self._write(found, json.dumps({"digest": digest, "settings": text}).encode())
@@ -49,18 +56,21 @@ class Finished:
         """Keeps a layer; the hidden states of the one before are not needed any more."""
         self._write(self._hidden(index), hidden)
         temporary = self.directory / f".layer-{os.getpid()}.npz"
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, self._layer(index))
+        with disk_errors(self._layer(index), QuantizationError):
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, self._layer(index))
         self._hidden(index - 1).unlink(missing_ok=True)
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:
         """What `save` was given."""
-        with np.load(self._layer(index)) as stored:
+        # Of a damaged file NumPy leaves open what it has opened itself.
+        with self._whole(self._layer(index)), self._layer(index).open("rb") as file, np.load(file) as stored:
             return dict(stored)
 
     def hidden(self, index: int) -> np.ndarray:
         """The hidden states that leave a layer."""
-        found: np.ndarray = np.load(self._hidden(index))
+        with self._whole(self._hidden(index)):
+            found: np.ndarray = np.load(self._hidden(index))
         return found
 
     def _layer(self, index: int) -> Path:
@@ -71,9 +81,20 @@ class Finished:
 
     def _write(self, path: Path, content: bytes | np.ndarray) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content)
-        os.replace(temporary, path)
+        with disk_errors(path, QuantizationError):
+            with temporary.open("wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    np.save(file, content)
+            os.replace(temporary, path)
+
+    @contextlib.contextmanager
+    def _whole(self, path: Path) -> Iterator[None]:
+        """What goes wrong while `path` is read, as one sentence."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise QuantizationError(
+                f"{path} is damaged: remove {self.directory}, and all layers are done again."
+            ) from error

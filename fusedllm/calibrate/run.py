@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fusedllm.calibrate.fold import fold_factors
 from fusedllm.calibrate.layers import SITES, Sums, empty_sums, head_sums, layer_output, layer_sums, statistics_of
 from fusedllm.calibrate.resume import Finished
+from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.model.params import LayerParams, ParamSpec, describe, specs
 from fusedllm.qarray import QuantArray
@@ -59,6 +60,15 @@ class Run:
     scale_dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float16))
     directory: Path | None = None
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses tokens that the model does not have, of which a negative one would be read as another."""
+        size = self.checkpoint.config.vocab_size
+        if not self.tokens.size or not 0 <= self.tokens.min() <= self.tokens.max() < size:
+            found = f"{self.tokens.min()} to {self.tokens.max()}" if self.tokens.size else "none"
+            raise QuantizationError(
+                f"calibration tokens must be from 0 to {size - 1}, of which the model's vocabulary is, got {found}."
+            )
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the model, in the order of the layers, when it is done.
@@ -127,13 +137,23 @@ class Run:
         wanted = {name: self.scheme_of(name, spec.shape) for name, spec in specs(config).items()}
         settings = {
             "config": config.to_dict(),
-            "source": str(self.checkpoint.path),
+            "weights": self._fingerprint(wanted),
             "tokens": hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes()).hexdigest(),
             "schemes": {name: None if scheme is None else scheme.name for name, scheme in wanted.items()},
             "method": str(self.method),
             "scale_dtype": str(self.scale_dtype),
         }
         return Finished(self.directory, settings)
+
+    def _fingerprint(self, names: Iterable[str]) -> str:
+        """Of all weights: a path does not tell, as the file there may be another, or a table may stand for it."""
+        digest = hashlib.sha256()
+        for name in names:
+            values = np.ascontiguousarray(self.checkpoint.tensors[name].read())
+            digest.update(f"{name} {values.dtype} {values.shape}".encode())
+            digest.update(values.reshape(-1).view(np.uint8).data)
+            self.checkpoint.release()
+        return digest.hexdigest()
 
     def _layer(self, index: int, described: Any, hidden: np.ndarray) -> list[Tensor]:
         layer = self.float_layer(described)

@@ -37,6 +37,11 @@ def calibration_tokens(
                 f"calibration tokens must be integers [windows, window], got {calibration.dtype} "
                 f"{list(calibration.shape)}."
             )
+        most = np.iinfo(np.int32).max
+        if calibration.size and (calibration.min() < 0 or calibration.max() > most):
+            raise QuantizationError(
+                f"calibration tokens must be from 0 to {most}, got {calibration.min()} to {calibration.max()}."
+            )
         if calibration.ndim == 2:
             return calibration[:windows].astype(np.int32)
         return _cut(calibration, window, windows)

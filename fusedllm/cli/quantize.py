@@ -50,12 +50,12 @@ def run(options: argparse.Namespace) -> None:
     from fusedllm import QuantizeReport
     from fusedllm.quantizing import quantize_file
     from fusedllm.weights.convert import convert, writer_of
-    from fusedllm.weights.files import refuse_existing
+    from fusedllm.weights.files import disk_errors, refuse_existing
     from fusedllm.weights.open import open_checkpoint
 
     rules = dict(_rule(text) for text in options.rule)
     report = QuantizeReport()
-    is_table = options.destination.suffix in TABLES and options.format in (None, "arrow")
+    is_table = options.format == "arrow" or (options.format is None and options.destination.suffix in TABLES)
     keywords = {
         "method": options.method,
         "rules": rules,
@@ -72,8 +72,16 @@ def run(options: argparse.Namespace) -> None:
     else:
         # Before anything is quantized, so that a wrong target costs nothing.
         writer_of(options.destination, options.format)
+        if (options.format or options.destination.suffix.removeprefix(".")) == "orbax":
+            raise QuantizationError(
+                f"{options.destination} would be an Orbax directory, which holds no codes: choose .arrow, .gguf or "
+                ".safetensors."
+            )
         refuse_existing(options.destination, options.force)
-        with tempfile.TemporaryDirectory(dir=os.path.abspath(options.destination.parent)) as directory:
+        parent = Path(os.path.abspath(options.destination)).parent
+        with disk_errors(options.destination):
+            parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as directory:
             table = quantize_file(options.source, Path(directory) / "quantized.arrow", options.scheme, **keywords)
             convert(
                 open_checkpoint(table), options.destination, format=options.format, force=options.force, progress=True

@@ -33,6 +33,9 @@ JOB = np.dtype(
 )
 NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 
+# Of weights, as `cpu/ffi_grouping.cc` has it too; larger ones are left to XLA.
+LARGEST_GROUP = 4096
+
 # Bits of a job's `problem`.
 NOT_FINITE = 1
 SCALE_TOO_LARGE = 2
@@ -40,7 +43,7 @@ SCALE_TOO_LARGE = 2
 
 def can_encode(scheme: GroupedScheme) -> bool:
     """Whether the native quantizer knows `scheme`."""
-    return scheme.codes == "integer" and scheme.group_size % 32 == 0
+    return scheme.codes == "integer" and scheme.group_size % 32 == 0 and scheme.group_size <= LARGEST_GROUP
 
 
 def describe(jobs: np.ndarray, scheme: GroupedScheme) -> None:

@@ -255,5 +255,9 @@ class _Work:
 
 @jax.jit
 def _error(weights: jax.Array, array: QuantArray) -> tuple[jax.Array, jax.Array]:
+    """Squared errors and squared weights, in units of the largest weight, so that no square overflows or is lost."""
     exact = weights.astype(jnp.float32)
-    return jnp.square(dequantize(array, implementation="xla") - exact).sum(), jnp.square(exact).sum()
+    peak = jnp.abs(exact).max()
+    unit = jnp.where(peak > 0, peak, 1)
+    off = dequantize(array, implementation="xla") - exact
+    return jnp.square(off / unit).sum(), jnp.square(exact / unit).sum()

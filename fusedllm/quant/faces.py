@@ -50,7 +50,7 @@ def quantize_arrays(
 ) -> dict[str, QuantArray]:
     """Several arrays at once; as `quantize_array`."""
     plan = Plan(scheme_named(scheme), {".*": scheme_named(scheme)}, scale_dtype=scale_dtype_named(scale_dtype))
-    layers = of_arrays((name, np.asarray(array)) for name, array in weights.items())
+    layers = of_arrays(weights.items())
     if not len(layers):
         return {}
     return dict(zip(layers.names, encode_arrays(layers, plan), strict=True))

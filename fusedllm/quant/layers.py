@@ -59,12 +59,19 @@ class Layers:
         """Adds an array; one that is not contiguous, or of float64, is copied.
 
         Raises:
-          QuantizationError: it is empty, too large, or no array of floats.
+          QuantizationError: it has no name or is empty, too large, masked, or no array of floats.
         """
+        if not isinstance(name, str) or not name:
+            raise QuantizationError(f"a layer's name must be a text that is not empty, got {name!r}.")
+        if np.ma.is_masked(weights):
+            raise QuantizationError(f"layer {name!r} has masked weights; fill them first.")
         found, weights = weights, np.asarray(weights)
+        if weights.ndim == 0:
+            raise QuantizationError(f"layer {name!r} is no array with an axis, got {type(found).__name__}.")
         if weights.dtype == np.float64 or not weights.flags.c_contiguous or weights.ctypes.data % weights.itemsize:
             reason = "float64 becomes float32" if weights.dtype == np.float64 else "not contiguous"
-            weights = np.ascontiguousarray(weights, np.float32 if weights.dtype == np.float64 else weights.dtype)
+            with np.errstate(over="ignore"):  # What becomes infinite is refused where it is looked at.
+                weights = np.ascontiguousarray(weights, np.float32 if weights.dtype == np.float64 else weights.dtype)
             weights = weights.copy() if weights.ctypes.data % weights.itemsize else weights
             copied += weights.nbytes
         if weights.dtype not in FLOATS.values():
@@ -104,8 +111,9 @@ class Layers:
 
         Raises:
           QuantizationError: a column is missing or of a type that holds no weights, or a row has nulls, no weights, or
-            a shape that its weights don't fit; the message names the layer.
+            a shape that its weights don't fit; the message names the layer. Or the buffers contradict the columns.
         """
+        check_buffers(batch)
         names = _names(batch)
         weights = _column(batch, WEIGHTS, "weights: list<float32>")
         if weights.null_count:
@@ -134,7 +142,8 @@ class Layers:
             self._refuse_null(names, values, starts, ends)
         copied_from: np.ndarray | None = None
         if pa.types.is_float64(values.type):
-            copied_from = np.asarray(values).astype(np.float32)
+            with np.errstate(over="ignore"):
+                copied_from = np.asarray(values).astype(np.float32)
             base, offset = copied_from.ctypes.data, 0
             self.owners.append(copied_from)
         else:
@@ -174,10 +183,11 @@ class Layers:
             self._add(name, (count,) if shape is None else shape, shape is not None, dtype, address, copied, reason)
 
     def _refuse_null(self, names: list[str], values: pa.Array, starts: list[int], ends: list[int]) -> None:
-        first = _first_null(values)
+        # Not all values are of these rows: others may have nulls of their own, before and after.
         for name, start, end in zip(names, starts, ends, strict=True):
-            if start <= first < end:
-                raise QuantizationError(f"layer {name!r} has a null at place {first - start} of its weights.")
+            some = values.slice(start, end - start)
+            if some.null_count:
+                raise QuantizationError(f"layer {name!r} has a null at place {_first_null(some)} of its weights.")
 
 
 def of_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> Layers:
@@ -196,6 +206,18 @@ def check_names(names: list[str], seen: set[str] | None = None) -> None:
         if name in seen:
             raise QuantizationError(f"layer {name!r} occurs twice; names must differ.")
         seen.add(name)
+
+
+def check_buffers(batch: pa.RecordBatch) -> None:
+    """Refuses a batch whose offsets or texts point beyond its buffers, as a damaged file makes one; reads no weights.
+
+    Raises:
+      QuantizationError: it contradicts itself.
+    """
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        raise QuantizationError(f"the table is damaged: {' '.join(str(error).split())[:200].rstrip('.')}.") from error
 
 
 def _column(batch: pa.RecordBatch, name: str, wanted: str) -> Any:
@@ -262,10 +284,18 @@ def _ends(column: Any) -> tuple[list[int], list[int]]:
         # `values` of such an array do not know of its offset.
         starts = range(column.offset * size, (column.offset + len(column)) * size, size) if size else [0] * len(column)
         return list(starts), [start + size for start in starts]
-    is_large = pa.types.is_large_list(column.type) or pa.types.is_large_binary(column.type)
-    offsets = np.frombuffer(column.buffers()[1], np.int64 if is_large else np.int32)
-    offsets = offsets[column.offset : column.offset + len(column) + 1]
+    offsets = offsets_of(column)
     return offsets[:-1].tolist(), offsets[1:].tolist()
+
+
+def offsets_of(column: Any) -> np.ndarray:
+    """Where the rows of a column of lists or bytes begin, and where the last one ends."""
+    if not len(column):
+        # No rows may have no buffer either.
+        return np.zeros(1, np.int64)
+    is_large = pa.types.is_large_list(column.type) or pa.types.is_large_binary(column.type)
+    dtype = np.dtype(np.int64 if is_large else np.int32)
+    return np.frombuffer(column.buffers()[1], dtype, len(column) + 1, column.offset * dtype.itemsize)
 
 
 def _check_fit(name: str, count: int, shape: tuple[int, ...] | None) -> None:

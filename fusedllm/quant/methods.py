@@ -92,13 +92,19 @@ def quantize_matrices(
     mean square where there are statistics. The same arguments give the same bits.
 
     Raises:
-      QuantizationError: an unknown method, or one that needs statistics, or their Hessian, without them.
+      QuantizationError: an unknown method, or one that needs statistics, or their Hessian, without them, or a Hessian
+        that is not finite.
     """
     method = method_named(method)
     if method.gptq and (statistics is None or statistics.hessian is None):
         raise QuantizationError(f"the method {method} needs the Hessian of the inputs, and there is none: calibrate.")
     importance = None if statistics is None else statistics.mean_square
     factor = factorized(statistics.hessian) if method.gptq and statistics is not None else None
+    if factor is not None and not bool(jnp.isfinite(factor.upper).all()):
+        raise QuantizationError(
+            f"the method {method} needs a finite Hessian of the inputs, and this one has no factor: what goes through "
+            "the model is infinite or no number somewhere before."
+        )
     dtype = jnp.dtype(scale_dtype)
     results = []
     for weights, scheme in matrices:

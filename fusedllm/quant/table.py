@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
-from fusedllm.quant.layers import FLOATS
+from fusedllm.quant.layers import FLOATS, check_buffers, offsets_of
 from fusedllm.quant.schemes import SCHEMES, scheme_of
 
 FORMAT_VERSION = 1
@@ -41,6 +41,7 @@ def table_schema(scale_dtype: np.dtype, metadata: Mapping[bytes, bytes]) -> pa.S
     )
 
 
+_NUMBERS = ("scales", "zero_points")
 COLUMNS = tuple(table_schema(SCALE_DTYPES["float16"], {}).names)
 
 
@@ -160,8 +161,9 @@ def normalized(batch: pa.RecordBatch) -> pa.RecordBatch:
     """A batch of a quantized table with exactly our columns; what other libraries store otherwise is cast.
 
     Raises:
-      QuantizationError: a column is missing or can't be cast, or the table is of a newer version.
+      QuantizationError: a column is missing or can't be cast, or the table is damaged or of a newer version.
     """
+    check_buffers(batch)
     found = batch.schema
     missing = [name for name in COLUMNS if name not in found.names]
     if missing:
@@ -174,9 +176,9 @@ def normalized(batch: pa.RecordBatch) -> pa.RecordBatch:
             f"the quantized table is of version {version!r}, and this fusedllm reads up to {FORMAT_VERSION}; install a "
             "newer one."
         )
-    scales = found.field("scales").type
-    wide = getattr(scales, "value_type", None) == pa.float32()
-    wanted = table_schema(SCALE_DTYPES["float32" if wide else "float16"], found.metadata or {})
+    # What a library has widened may have been float32 before.
+    is_half = all(getattr(found.field(name).type, "value_type", None) == pa.float16() for name in _NUMBERS)
+    wanted = table_schema(SCALE_DTYPES["float16" if is_half else "float32"], found.metadata or {})
     columns = []
     for field in wanted:
         column = batch.column(found.get_field_index(field.name))
@@ -198,7 +200,7 @@ def rows(batch: pa.RecordBatch) -> Iterator[Row]:
     batch = normalized(batch)
     columns = dict(zip(COLUMNS, batch.columns, strict=True))
     for name, column in columns.items():
-        if column.null_count:
+        if column.null_count or (name in _NUMBERS and column.flatten().null_count):
             raise QuantizationError(f"the quantized table has a null in its column {name!r}.")
     names, shapes, methods, schemes = (
         columns[name].to_pylist() for name in ("layer_name", "shape", "method", "scheme")
@@ -238,13 +240,12 @@ class _Parts:
 
     def __init__(self, column: pa.Array) -> None:
         is_binary = pa.types.is_large_binary(column.type)
-        buffers = column.buffers()
-        count = len(column) + 1
-        self.offsets = np.frombuffer(buffers[1], np.int64)[column.offset : column.offset + count]
+        self.offsets = offsets_of(column)
         if is_binary:
-            self.values = np.frombuffer(buffers[2] or b"", np.uint8)
+            self.values = np.frombuffer(column.buffers()[2] or b"", np.uint8)
         else:
-            self.values = column.values.to_numpy(zero_copy_only=True) if len(column.values) else np.zeros(0, np.float16)
+            # Nulls, which other rows than these may have, make a copy necessary.
+            self.values = column.values.to_numpy(zero_copy_only=not column.values.null_count)
 
     def part(self, index: int) -> np.ndarray:
         begin, end = self.offsets[index : index + 2]

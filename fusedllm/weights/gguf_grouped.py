@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme, unpack
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import SCHEMES
@@ -30,7 +31,11 @@ def as_blocks(tensor: LazyTensor) -> LazyTensor:
         return tensor
 
     def read_blocks() -> QuantArray:
-        return QuantArray(cast("Any", blocks_of(read(), name)), None, None, SCHEMES[name], tensor.shape)
+        try:
+            blocks = blocks_of(read(), name)
+        except QuantizationError as error:
+            raise QuantizationError(f"{tensor.name}: {error}") from error
+        return QuantArray(cast("Any", blocks), None, None, SCHEMES[name], tensor.shape)
 
     return dataclasses.replace(tensor, quantization=name, read_quantized=read_blocks)
 
@@ -45,7 +50,11 @@ def block_name(scheme: GroupedScheme, width: int) -> str | None:
 
 
 def blocks_of(array: QuantArray, name: str) -> np.ndarray:
-    """The blocks of `array`, uint8 `[rows, bytes of a row]`, in the type `name` of `block_name`."""
+    """The blocks of `array`, uint8 `[rows, bytes of a row]`, in the type `name` of `block_name`.
+
+    Raises:
+      QuantizationError: a scale or a minimum is beyond float16.
+    """
     scheme = cast("GroupedScheme", array.scheme)
     rows, width = array.shape
     count = width // BLOCK
@@ -56,12 +65,23 @@ def blocks_of(array: QuantArray, name: str) -> np.ndarray:
         return np.repeat(np.asarray(numbers, np.float32), repeats, axis=1)[:, :count, None]
 
     scales = of_blocks(array.scales)
-    parts = [scales.astype(np.float16).view(np.uint8)]
+    parts = [_halves(scales, name)]
     if name == "Q8_0":
         return np.concatenate([*parts, codes.view(np.uint8)], axis=2).reshape(rows, -1)
     if name == "Q4_0":
         codes = codes + np.uint8(8 - scheme.center)
     else:
-        parts.append((-scales * of_blocks(array.zeros)).astype(np.float16).view(np.uint8))
+        parts.append(_halves(-scales * of_blocks(array.zeros), name))
     parts.append(codes[..., :16] | codes[..., 16:] << np.uint8(4))
     return np.concatenate(parts, axis=2).reshape(rows, -1)
+
+
+def _halves(numbers: np.ndarray, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        halves = numbers.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise QuantizationError(
+            f"{name} has scales and minimums of float16, and {np.abs(numbers).max():.3g} is beyond them: convert with "
+            "--dtype float32."
+        )
+    return halves.view(np.uint8)

@@ -37,6 +37,8 @@ from fusedllm.weights.grouped_codes import (
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _GPTQ_BITS = (3, 4, 8)
 _AWQ_BITS = 4
+# Rows are padded to whole groups up to this size, so that all matrices of a usual checkpoint have one scheme.
+_LONGEST_PADDED = 1024
 # Nibble i of a word of AWQ, lowest first, is column _AWQ_ORDER[i] of its eight; and the other way round.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_COLUMNS = np.argsort(_AWQ_ORDER)
@@ -128,6 +130,7 @@ def _gptq(
             f"{codes.name} has columns of {words} words, which do not hold whole codes of {bits} bits."
         )
     width = words * WORD_BITS // bits
+    scheme = _within(scheme, codes, width)
     groups = scheme.groups(width)
     scales = part_of(tensors, module, "scales", SCALES, [groups, rows])
     zeros = part_of(tensors, module, "qzeros", [WORD], [groups, word_count(rows, bits)])
@@ -161,6 +164,7 @@ def _gptq_zeros(words: np.ndarray, rows: int, bits: int, minus_one: bool) -> np.
 def _awq(module: str, scheme: GroupedScheme, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
     codes = part_of(tensors, module, "qweight", [WORD], [None, None])
     width, columns = codes.shape
+    scheme = _within(scheme, codes, width)
     rows, groups = columns * len(_AWQ_ORDER), scheme.groups(width)
     scales = part_of(tensors, module, "scales", SCALES, [groups, rows])
     zeros = part_of(tensors, module, "qzeros", [WORD], [groups, columns])
@@ -172,6 +176,13 @@ def _awq(module: str, scheme: GroupedScheme, tensors: Mapping[str, LazyTensor]) 
 
     nbytes = codes.nbytes + scales.nbytes + zeros.nbytes
     return lazy_matrix(f"{module}.weight", scheme, (rows, width), nbytes, array)
+
+
+def _within(scheme: GroupedScheme, codes: LazyTensor, width: int) -> GroupedScheme:
+    """`scheme` for rows of `width` weights: a group that is much longer is the row, and nothing is padded to it."""
+    if width < 1:
+        raise CheckpointError(f"{codes.name} is {list(codes.shape)} and holds no codes.")
+    return scheme if scheme.group_size <= max(width, _LONGEST_PADDED) else scheme_of(scheme.bits, 0, scheme.symmetric)
 
 
 def _awq_codes(words: np.ndarray) -> np.ndarray:

@@ -14,15 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusedllm.errors import QuantizationError
-from fusedllm.quant.layers import Layers
+from fusedllm.quant.layers import Layers, check_names
 from fusedllm.quant.table import is_quantized
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.load import wanted_tensors
 from fusedllm.weights.open import open_checkpoint
-from fusedllm.weights.quantized import description
+from fusedllm.weights.quantized import CONFIG_KEY, description
 
-_PARQUET, _ARROW_FILE = b"PAR1", b"ARROW1"
+# How files begin: a stream with the mark of a message, which the file format has later.
+_PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def open_layers(source: Any, progress: bool) -> Opened:
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         table = table_at(path) if path.is_file() else None
-        if table is None or b"fusedllm.config" in (table.schema.metadata or {}):
+        if table is None or _is_checkpoint(table, path):
             return _of_checkpoint(open_checkpoint(registry.resolve(source, progress=progress)))
         source = table
     if isinstance(source, Mapping):
@@ -108,7 +109,9 @@ def with_layers(whose: Checkpoint | None, batches: Iterable[Layers]) -> Checkpoi
     if whose is None:
         raise QuantizationError("a calibration runs the model: say whose weights these are (`model=`).")
     tensors: dict[str, LazyTensor] = {}
+    seen: set[str] = set()
     for layers in batches:
+        check_names(layers.names, seen)
         for index, name in enumerate(layers.names):
             view = layers.view(index)
             tensors[name] = LazyTensor(name, view.shape, view.dtype, view.nbytes, functools.partial(np.asarray, view))
@@ -138,14 +141,32 @@ def reader_of(source: Any) -> pa.RecordBatchReader:
 
 
 def table_at(path: Path) -> pa.Table | None:
-    """The table in an Arrow or Parquet file, mapped; `None` for any other file."""
+    """The table in an Arrow file (mapped), an Arrow stream or a Parquet file; `None` for any other file."""
     try:
-        with path.open("rb") as file:
-            head = file.read(8)
+        with path.open("rb") as beginning:
+            head = beginning.read(8)
         if head.startswith(_PARQUET):
-            return pq.read_table(path)
+            # As one file: its directory's name is no column.
+            with pq.ParquetFile(path) as file:
+                return _named(file.read())
         if head.startswith(_ARROW_FILE):
-            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            return _named(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        if head.startswith(_ARROW_STREAM):
+            return _named(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
         return None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise QuantizationError(f"{path} can't be read: {' '.join(str(error).split())[:200].rstrip('.')}.") from error
+
+
+def _is_checkpoint(table: pa.Table, path: Path) -> bool:
+    """Whether the table of a file is one of our checkpoints, and not just any that says which model it is of."""
+    with path.open("rb") as beginning:
+        if CONFIG_KEY not in (table.schema.metadata or {}) or beginning.read(8)[:6] != _ARROW_FILE:
+            return False
+    return is_quantized(table.schema) or {"weights", "dtype", "shape"} <= set(table.schema.names)
+
+
+def _named(table: pa.Table) -> pa.Table:
+    # Names of columns in a damaged file may be no UTF-8, which shows when they are looked at.
+    table.schema.names  # noqa: B018
+    return table

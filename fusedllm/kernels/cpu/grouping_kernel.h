@@ -186,8 +186,10 @@ int64_t encode_span(const Grouping& of, int64_t row, int64_t begin, int64_t end,
   }
   sums[0] = static_cast<double>(sum(errors));
   sums[1] = static_cast<double>(sum(powers));
-  if (sums[1] <= 0x1p127) return problem;
-  // The squares are too large for float32, or a weight is no finite number.
+  bool all_zero = true;
+  for (int64_t i = 0; i < groups; ++i) all_zero = all_zero && scales[i] == 0.0f;
+  if ((sums[1] >= 0x1p-80 || all_zero) && sums[1] <= 0x1p127) return problem;
+  // The squares are too large or too small for float32, or a weight is no finite number.
   sums[0] = sums[1] = 0.0;
   for (int64_t i = 0; i < last - first; ++i) {
     const int64_t group = i / size;
