@@ -142,7 +142,7 @@ def expected(sequence: Sequence) -> list[int]:
     return ids[len(sequence.prompt) :]
 
 
-@settings(max_examples=150)
+@settings(max_examples=400)
 @given(seed=st.integers(0, 2**32), share=st.booleans(), cache_tokens=st.sampled_from([64, 96, 300]))
 def test_every_token_is_accounted_for_under_random_arrivals_cancels_and_preemptions(seed, share, cache_tokens):
     rng = random.Random(seed)
@@ -365,8 +365,21 @@ def test_pages_that_two_requests_made_of_the_same_tokens_are_kept_once():
         pages.publish(holding, [1, 2, 3], "")
     assert pages.in_use == 4
     pages.release(first)
+    # The second one uses its own page, so that the first one's can go.
+    assert (pages.in_use, pages.cached, pages.free) == (2, 1, 6)
+    pages.publish(second, [1, 2, 3], "", last=True)
     pages.release(second)
     assert (pages.in_use, pages.cached, pages.free) == (0, 1, 8)
+
+
+def test_a_request_that_reads_its_prompt_anew_is_not_starved_by_the_cached_one():
+    config = EngineConfig(max_context=64, page_size=4, cache_tokens=64, prefill_buckets=(16,), batch_buckets=(1,))
+    device = FakeDevice(config)
+    prompt = list(range(48))
+    for logprobs in (None, 1):
+        device.scheduler.add(sequence := request(prompt, 16, prompt_logprobs=logprobs))
+        device.run(limit=60)
+        assert device.answers[sequence] == expected(sequence)
 
 
 @pytest.mark.parametrize("positions", [0, 1, 2, 3])

@@ -11,7 +11,7 @@ from fusedllm.errors import RequestError
 # Unless told otherwise a request may use this many positions: at SmolLM2's shape a float32 cache of it is 189 MB.
 DEFAULT_MAX_CONTEXT = 4096
 
-# On two cores of a CPU a quarter of a second at SmolLM2's shape: so long a stream may pause for another's prompt.
+# Larger chunks are hardly faster.
 DEFAULT_TOKEN_BUDGET = 256
 
 
@@ -26,9 +26,10 @@ class EngineConfig:
       prefill_buckets: chunk lengths of prefill programs, ascending multiples of `page_size`.
       batch_buckets: numbers of slots of decode programs, ascending.
       decode_steps: the most tokens a slot gets in one launch.
-      latency_seconds: how long a launch of decode steps should take, so that a stream looks alive.
-      token_budget: prompt tokens that are computed between two decode steps while requests decode; by default 256, or
-        the smallest prefill bucket if that is larger.
+      latency_seconds: how long a stream should wait for its next tokens: a launch of decode steps is as long, and while
+        requests decode a chunk of another's prompt is.
+      token_budget: the most prompt tokens that are computed between two decode steps while requests decode; by default
+        256, or the smallest prefill bucket if that is larger.
       prefix_cache: whether prompts that begin alike share pages.
 
     Raises:
@@ -38,10 +39,10 @@ class EngineConfig:
     max_context: int = DEFAULT_MAX_CONTEXT
     page_size: int = 16
     cache_tokens: int = 0
-    prefill_buckets: tuple[int, ...] = (16, 64, 128, 256, 512)
+    prefill_buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     decode_steps: int = 16
-    latency_seconds: float = 0.1
+    latency_seconds: float = 0.04
     token_budget: int = 0
     prefix_cache: bool = True
 

@@ -304,7 +304,7 @@ class Engine:
                 # Its program is yet to be made: those who have their first token should not wait for that.
                 self._read_all()
                 return
-            plan = self._scheduler.plan(self._flights.steps)
+            plan = self._scheduler.plan(self._flights.steps, self._flights.budget)
             if plan is not None:
                 self._flights.launch(plan)
             while len(self._flights) > (LAUNCHES_AHEAD if plan is not None else 0):

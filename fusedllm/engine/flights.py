@@ -20,6 +20,9 @@ from fusedllm.model.sampling import Logprobs
 # Steps of the first decode launch, before the time of one step is known.
 FIRST_STEPS = 4
 
+# By so much a chunk's time may grow from one measurement to the next, so that a hiccup is not taken for a rule.
+DRIFT = 1.1
+
 # Takes a chunk of a request as it is read.
 Deliver = Callable[[Request, Chunk], None]
 
@@ -37,6 +40,8 @@ class _Launch:
 class _Flight:
     launches: list[_Launch] = field(default_factory=list)
     last_hidden: jax.Array | None = None
+    buckets: tuple[int, ...] = ()
+    launched: float = field(default_factory=time.perf_counter)
 
 
 class Flights:
@@ -48,6 +53,7 @@ class Flights:
         self._deliver = deliver
         self._flights: collections.deque[_Flight] = collections.deque()
         self._step_seconds: float | None = None
+        self._chunk_seconds: dict[int, float] = {}
         self._last_read = 0.0
 
     def __len__(self) -> int:
@@ -65,9 +71,25 @@ class Flights:
             return min(FIRST_STEPS, config.decode_steps)
         return max(1, min(round(config.latency_seconds / self._step_seconds), config.decode_steps))
 
+    @property
+    def budget(self) -> int:
+        """How many tokens of a prompt go between two decode steps, by the time that the chunks have taken so far."""
+        config = self._runner.engine
+        room = config.latency_seconds - (self._step_seconds or 0.0)
+        buckets = [bucket for bucket in config.prefill_buckets if bucket <= config.token_budget]
+        fitting = [bucket for bucket in buckets if self._estimate(bucket) <= room]
+        return max(fitting, default=buckets[0])
+
+    def _estimate(self, bucket: int) -> float:
+        """Seconds of a chunk: as measured, or in proportion to the nearest that was measured."""
+        if not self._chunk_seconds:
+            return 0.0
+        nearest = min(self._chunk_seconds, key=lambda known: abs(known - bucket))
+        return self._chunk_seconds[nearest] * bucket / nearest
+
     def launch(self, plan: Plan) -> None:
         """Launches a plan."""
-        flight = _Flight()
+        flight = _Flight(buckets=tuple(chunk.bucket for chunk in plan.chunks))
         # Known before it is complete: what a failed launch leaves behind is cleared with all others.
         self._flights.append(flight)
         if plan.rows:
@@ -78,11 +100,14 @@ class Flights:
     def read(self) -> None:
         """Waits for the oldest flight and delivers what it made."""
         flight = self._flights.popleft()
+        # It began when it was launched, or when the one before it ended.
+        self._last_read = max(self._last_read, flight.launched)
+        # Admissions come after their chunks: what they take is the chunks'.
         for launch in flight.launches:
             self._read(launch)
         if flight.last_hidden is not None:
             self._runner.wait(flight.last_hidden)
-            self._last_read = time.perf_counter()
+            self._measure_chunks(flight.buckets)
 
     def _launch_decode(self, rows: Sequence[DecodeRow], steps: int) -> _Launch:
         seats = [(_seat(row.job), row.entry, row.pages) for row in rows]
@@ -137,6 +162,15 @@ class Flights:
             seconds = (now - self._last_read) / steps
             self._step_seconds = min(seconds, 2 * (self._step_seconds or seconds))
         self._last_read = now
+
+    def _measure_chunks(self, buckets: tuple[int, ...]) -> None:
+        """Keeps an estimate of a chunk's time, from the last read until now; several at once tell nothing of each."""
+        now = time.perf_counter()
+        seconds, self._last_read = now - self._last_read, now
+        if len(buckets) == 1:
+            (bucket,) = buckets
+            known = self._chunk_seconds.get(bucket, seconds)
+            self._chunk_seconds[bucket] = min(seconds, known * DRIFT)
 
     def _prompt_logprobs(self, job: Job, turn: int) -> tuple[TokenLogprob, ...]:
         count = job.sequence.prompt_logprobs

@@ -113,14 +113,21 @@ class Pages:
         """Returns pages that `take` gave."""
         self._pool.give_back(pages)
 
-    def publish(self, holding: Holding, ids: Sequence[int], salt: str) -> None:
-        """Lets others share the full pages of `ids`, which must be written by what has been launched."""
+    def publish(self, holding: Holding, ids: Sequence[int], salt: str, *, last: bool = False) -> None:
+        """Lets others share the full pages of `ids`, which must be written by what has been launched.
+
+        Where others have published the same tokens before, a request that goes on stops there: it would keep their
+        pages from being given up, and uses its own. One that releases its hold next (`last`) has no such care.
+        """
         if not self._share:
             return
         nodes = holding.nodes
         for index in range(len(nodes), len(ids) // self.page_size):
             tokens = ids[index * self.page_size : (index + 1) * self.page_size]
-            nodes.append(self._prefixes.add(nodes[-1] if nodes else None, tokens, holding.pages[index], salt))
+            parent = nodes[-1] if nodes else None
+            if not last and self._prefixes.child(parent, tokens, salt) is not None:
+                return
+            nodes.append(self._prefixes.add(parent, tokens, holding.pages[index], salt))
 
     def release(self, holding: Holding) -> None:
         """Ends a request's hold; what it published stays until its pages are needed."""

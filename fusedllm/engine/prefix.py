@@ -72,6 +72,11 @@ class PrefixCache:
             node.stamp = self._clock
             self._offer(node)
 
+    def child(self, parent: Node | None, tokens: Sequence[int], salt: str = "") -> Node | None:
+        """The node of `tokens` after `parent` (`None`: at the start), if there is one."""
+        node = parent or self._roots.get(salt)
+        return node and node.children.get(tuple(tokens))
+
     def add(self, parent: Node | None, tokens: Sequence[int], page: int, salt: str = "") -> Node:
         """The node of `tokens` after `parent` (`None`: at the start), used once more; `page` is its if it is new."""
         if parent is None:

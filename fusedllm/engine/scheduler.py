@@ -1,7 +1,8 @@
 """`Scheduler`: which requests run, in which seat, on which pages, and what the next launches compute.
 
 Plain Python that knows no jax. Requests go in the order of their arrival, shifted by their priority. One prompt at a
-time is prefilled, in chunks: while others decode at most `token_budget` tokens of it go between two of their steps.
+time is prefilled, in chunks: while others decode at most `token_budget` tokens of it go between two of their steps, and
+so few that these are no further apart than they should be.
 Requests get pages as they grow; where none are left, the one that came last gives its own up and is computed again
 later (preemption by recomputation, as in vLLM, arXiv:2309.06180).
 """
@@ -166,8 +167,10 @@ class Scheduler:
         """Requests whose deadline is over."""
         return [s for s in self._jobs if s.deadline is not None and s.deadline <= now]
 
-    def plan(self, steps: int) -> Plan | None:
-        """What to launch next, `steps` decode steps at most; `None` where nothing can run.
+    def plan(self, steps: int, budget: int | None = None) -> Plan | None:
+        """What to launch next; `None` where nothing can run.
+
+        At most `steps` decode steps, and beside them `budget` tokens of prompts, by default the `token_budget`.
 
         A request decodes from the plan after the one that ends its prefill.
         """
@@ -182,7 +185,8 @@ class Scheduler:
         rows = self._plan_rows(decoding, steps)
         for row in rows:
             row.job.drawn = min(row.job.drawn + steps, row.job.sequence.budget)
-        chunks = tuple(self._plan_chunks(bool(rows)))
+        largest = self.config.prefill_buckets[-1]
+        chunks = tuple(self._plan_chunks(min(budget or self.config.token_budget, largest) if rows else largest))
         return Plan(rows, steps, chunks) if chunks or rows else None
 
     def accept(self, job: Job, turn: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> Chunk | None:
@@ -212,10 +216,9 @@ class Scheduler:
             job.sequence.finish_reason, job.sequence.error = "error", str(error)
         return not job.sequence.finished
 
-    def _plan_chunks(self, decoding: bool) -> Iterator[PrefillChunk]:
-        """The next chunks, within the budget where somebody decodes; else as many as the largest chunk has tokens."""
+    def _plan_chunks(self, budget: int) -> Iterator[PrefillChunk]:
+        """The next chunks of altogether `budget` tokens."""
         buckets = self.config.prefill_buckets
-        budget = min(self.config.token_budget, buckets[-1]) if decoding else buckets[-1]
         while budget >= buckets[0]:
             job = self._prefilling = self._prefilling or self._seat_next()
             if job is None:
@@ -294,7 +297,7 @@ class Scheduler:
         if job.seat is None:
             return
         known = len(job.ids) - 1 if job.decoding else job.computed
-        self.pages.publish(job.holding, job.ids[:known], job.sequence.cache_salt)
+        self.pages.publish(job.holding, job.ids[:known], job.sequence.cache_salt, last=True)
         self.pages.release(job.holding)
         self._seats.append(job.seat)
         self._running.remove(job)
