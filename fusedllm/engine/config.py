@@ -42,7 +42,7 @@ class EngineConfig:
     prefill_buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     decode_steps: int = 16
-    latency_seconds: float = 0.04
+    latency_seconds: float = 0.035
     token_budget: int = 0
     prefix_cache: bool = True
 
