@@ -112,6 +112,12 @@ class Server:
         times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
         return sum(one.user + one.system for one in times)
 
+    def memory_bytes(self) -> int:
+        """What the server's process has in memory, without its children."""
+        import psutil
+
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
     def stop(self) -> None:
         """Ends the process, and waits for it."""
         if self._process.poll() is None:

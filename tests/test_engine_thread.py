@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY, TINY_ENGINE
 
 from fusedllm.config import SamplingParams
+from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import EngineConfig
 from fusedllm.engine.engine import Engine
 from fusedllm.errors import EngineStoppedError, QueueFullError, RequestError
@@ -216,6 +217,23 @@ def test_a_grammar_is_followed_whatever_its_company_does(llm, tiny_llm):
             assert [token % 2 for token in tokens] == [0, 1] * 15
             # The token that ends a request is nobody's business any more.
             assert tuple(grammar.taken) == tokens[:-1]
+
+
+def test_nothing_compiles_after_warm_up_whatever_a_request_asks_for():
+    llm = make()
+    llm.warm_up()
+    penalties = SamplingParams(
+        max_tokens=40, ignore_eos=True, repetition_penalty=1.2, frequency_penalty=0.1, logprobs=2
+    )
+    requests = [
+        llm.engine.prepare(ids(100, 1), penalties),
+        llm.engine.prepare(ids(90, 2), penalties, constraint=EvenThenOdd()),
+        llm.engine.prepare(ids(80, 3), SamplingParams(max_tokens=30), prompt_logprobs=2),
+        *(llm.engine.prepare(ids(70, seed), penalties) for seed in range(7)),
+    ]
+    with forbid_compile():
+        assert {chunk.finish_reason for _, chunk in llm.engine.run(requests)} <= {None, "length", "stop"}
+    assert llm.engine.stats().preemptions > 0
 
 
 def test_a_request_alone_equals_itself_among_others_with_cancels_and_preemptions():
