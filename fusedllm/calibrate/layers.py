@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -52,9 +52,9 @@ class Recorder:
         self.inputs[site.name] = x.reshape(-1, x.shape[-1])
         return linear(x, *weights, precise=True, implementation=self.implementation)
 
-    def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
+    def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
         """Traced where it is called."""
-        return function(*operands)
+        return function(*operands, **static)
 
 
 def run_layer(

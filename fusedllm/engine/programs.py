@@ -130,7 +130,9 @@ class Programs:
         slots = replace(slots, active=slots.active & runs)
         outputs = StepOutputs(
             tokens=jnp.full((most, batch), NO_TOKEN, jnp.int32),
-            logprobs=jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), self._no_logprobs(batch)),
+            logprobs=jax.tree.map(
+                lambda x: jnp.zeros((most, *x.shape), x.dtype), _no_logprobs(batch, self.config.vocab_size)
+            ),
         )
         Carry = tuple[jax.Array, KVCache, SlotState, Seen, StepOutputs]
 
@@ -188,28 +190,9 @@ class Programs:
     ) -> tuple[jax.Array, Logprobs]:
         logits = vocabulary_logits(self.placement, params, hidden)
 
-        def choose(
-            logits: jax.Array, slots: SlotState, seen: Seen, rows: jax.Array, allowed: jax.Array
-        ) -> tuple[jax.Array, Logprobs]:
-            constrained = slots.constrained & slots.active
-            token = sample(
-                logits,
-                slots.sampling,
-                seen,
-                rows,
-                slots.generated,
-                allowed,
-                constrained,
-                implementation=self.implementation,
-            )
-            wanted = jnp.any(slots.wants_logprobs & slots.active)
-            return token, lax.cond(
-                wanted,
-                lambda: logprobs(logits, token, SamplingParams.MAX_LOGPROBS),
-                lambda: self._no_logprobs(token.shape[0]),
-            )
-
-        return self.placement.protected(Site("sampling"), choose, logits, slots, seen, rows, allowed)
+        return self.placement.protected(
+            Site("sampling"), _choose, logits, slots, seen, rows, allowed, implementation=self.implementation
+        )
 
     def _advance(self, slots: SlotState, token: jax.Array) -> SlotState:
         """`slots` after each active one has drawn `token`."""
@@ -228,10 +211,32 @@ class Programs:
         """`seen` after each active one of `slots`, in the seats `rows`, has drawn `token`."""
         return replace(seen, output_counts=seen.output_counts.at[rows, token].add(slots.active.astype(jnp.int32)))
 
-    def _no_logprobs(self, batch: int) -> Logprobs:
-        top = min(SamplingParams.MAX_LOGPROBS, self.config.vocab_size)
-        return Logprobs(
-            chosen=jnp.zeros(batch, jnp.float32),
-            top_ids=jnp.zeros((batch, top), jnp.int32),
-            top=jnp.zeros((batch, top), jnp.float32),
-        )
+
+def _choose(
+    logits: jax.Array,
+    slots: SlotState,
+    seen: Seen,
+    rows: jax.Array,
+    allowed: jax.Array,
+    *,
+    implementation: str | None,
+) -> tuple[jax.Array, Logprobs]:
+    """The next token of each slot, and its log-probabilities where one of them wants any."""
+    constrained = slots.constrained & slots.active
+    token = sample(
+        logits, slots.sampling, seen, rows, slots.generated, allowed, constrained, implementation=implementation
+    )
+    return token, lax.cond(
+        jnp.any(slots.wants_logprobs & slots.active),
+        lambda: logprobs(logits, token, SamplingParams.MAX_LOGPROBS),
+        lambda: _no_logprobs(*logits.shape),
+    )
+
+
+def _no_logprobs(batch: int, vocab: int) -> Logprobs:
+    top = min(SamplingParams.MAX_LOGPROBS, vocab)
+    return Logprobs(
+        chosen=jnp.zeros(batch, jnp.float32),
+        top_ids=jnp.zeros((batch, top), jnp.int32),
+        top=jnp.zeros((batch, top), jnp.float32),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -34,6 +34,9 @@ class Placement(Protocol):
         """`x @ w.T` for each of `weights` (`[out, in]`), in one crossing; may run on an untrusted device."""
         ...
 
-    def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
-        """`function(*operands)`, run where the trust is."""
+    def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
+        """`function(*operands, **static)`, run where the trust is.
+
+        Arrays are operands and nothing else is; `function` closes over none, so that it can be compiled on its own.
+        """
         ...

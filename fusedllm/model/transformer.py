@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusedllm.config import ModelConfig
+from fusedllm.config import ModelConfig, RopeConfig
 from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.embed import embed
 from fusedllm.kernels.rms_norm import rms_norm
@@ -45,12 +43,9 @@ def forward(
     # Of a plain table there is no other gather than XLA's, whatever was asked for.
     gather = None if implementation == "ffi" else implementation
     x = placement.protected(
-        Site("embedding"),
-        lambda table, ids: embed(table, ids, dtype, implementation=gather),
-        params.embedding,
-        tokens,
+        Site("embedding"), embed, params.embedding, tokens, dtype=jnp.dtype(dtype), implementation=gather
     )
-    angles = placement.protected(Site("rope"), lambda at: cos_sin(config.rope, config.head_dim, at), positions)
+    angles = placement.protected(Site("rope"), _angles, positions, rope=config.rope, head_dim=config.head_dim)
     # Traced once for all layers that share a window and a key, not once a layer; XLA inlines the calls.
     run_layer = jax.jit(decoder_layer, static_argnames=("config", "placement", "window", "key", "implementation"))
     layers = []
@@ -70,12 +65,8 @@ def forward(
             implementation=implementation,
         )
         layers.append(pages)
-    x = placement.protected(
-        Site("final_norm"),
-        lambda x, weight: rms_norm(x, weight, config.rms_norm_eps, implementation=implementation)[1],
-        x,
-        params.final_norm,
-    )
+    norm = {"eps": config.rms_norm_eps, "implementation": implementation}
+    x = placement.protected(Site("final_norm"), _norm, x, params.final_norm, **norm)
     return x, KVCache.of_layers(layers)
 
 
@@ -102,43 +93,21 @@ def decoder_layer(
     Returns:
       The residual stream, and the layer's part of the cache with the new positions written.
     """
-    head_dim = config.head_dim
-    normalize = functools.partial(rms_norm, eps=config.rms_norm_eps, implementation=implementation)
-
-    def heads(x: jax.Array, bias: jax.Array | None, norm: jax.Array | None) -> jax.Array:
-        split = _biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
-        return split if norm is None else normalize(split, norm)[1]
-
-    def attend(
-        x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, ...], layer: LayerParams
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        q, k = heads(q, layer.q_bias, layer.q_norm), heads(k, layer.k_bias, layer.k_norm)
-        v = heads(v, layer.v_bias, None)
-        mixed, pages = cached_attention(
-            q, k, v, *angles, pages, page_table, start, window=window, implementation=implementation
-        )
-        mixed = mixed.reshape(*mixed.shape[:2], -1)
-        if only is not None:
-            x, mixed = (jax.lax.dynamic_slice_in_dim(rows, only, 1, axis=1) for rows in (x, mixed))
-        return x, mixed, pages
-
-    def after_attention(x: jax.Array, o: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array]:
-        return normalize(x, layer.mlp_norm, delta=_biased(o, layer.o_bias))
-
-    def activate(gate: jax.Array, up: jax.Array, layer: LayerParams) -> jax.Array:
-        return swiglu(_biased(gate, layer.gate_bias), _biased(up, layer.up_bias), implementation=implementation)
-
-    normed = placement.protected(Site("attention_norm", key), lambda x, w: normalize(x, w)[1], x, layer.attention_norm)
+    norm = {"eps": config.rms_norm_eps, "implementation": implementation}
+    normed = placement.protected(Site("attention_norm", key), _norm, x, layer.attention_norm, **norm)
     q, k, v = placement.linear(Site("qkv", key), normed, (layer.q, layer.k, layer.v))
-    x, mixed, pages = placement.protected(Site("attention", key), attend, x, q, k, v, pages, layer)
+    x, mixed, pages = placement.protected(
+        Site("attention", key), _attend, x, q, k, v, layer, pages, angles, page_table, start, only,
+        head_dim=config.head_dim, window=window, **norm,
+    )  # fmt: skip
     (o,) = placement.linear(Site("o", key), mixed, (layer.o,))
-    x, normed = placement.protected(Site("mlp_norm", key), after_attention, x, o, layer)
+    x, normed = placement.protected(Site("mlp_norm", key), _add_and_norm, x, o, layer.o_bias, layer.mlp_norm, **norm)
     gate, up = placement.linear(Site("gate_up", key), normed, (layer.gate, layer.up))
-    active = placement.protected(Site("activation", key), activate, gate, up, layer)
-    (down,) = placement.linear(Site("down", key), active, (layer.down,))
-    x = placement.protected(
-        Site("residual", key), lambda x, down, layer: x + _biased(down, layer.down_bias), x, down, layer
+    active = placement.protected(
+        Site("activation", key), _activate, gate, up, layer.gate_bias, layer.up_bias, implementation=implementation
     )
+    (down,) = placement.linear(Site("down", key), active, (layer.down,))
+    x = placement.protected(Site("residual", key), _add, x, down, layer.down_bias)
     return x, pages
 
 
@@ -149,6 +118,69 @@ def vocabulary_logits(
     head = params.embedding if params.head is None else params.head
     (logits,) = placement.linear(Site("head"), hidden, (head,))
     return logits.astype(jnp.float32)
+
+
+def _angles(positions: jax.Array, *, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    return cos_sin(rope, head_dim, positions)
+
+
+def _norm(x: jax.Array, weight: jax.Array, *, eps: float, implementation: str | None) -> jax.Array:
+    return rms_norm(x, weight, eps, implementation=implementation)[1]
+
+
+def _attend(
+    x: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: LayerParams,
+    pages: tuple[jax.Array, ...],
+    angles: tuple[jax.Array, jax.Array],
+    page_table: jax.Array,
+    start: jax.Array,
+    only: jax.Array | None,
+    *,
+    head_dim: int,
+    window: int | None,
+    eps: float,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """The residual stream, what attention mixes, both of the token `only` if that is given, and the layer's pages."""
+
+    def heads(x: jax.Array, bias: jax.Array | None, norm: jax.Array | None) -> jax.Array:
+        split = _biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
+        return split if norm is None else _norm(split, norm, eps=eps, implementation=implementation)
+
+    q, k = heads(q, layer.q_bias, layer.q_norm), heads(k, layer.k_bias, layer.k_norm)
+    v = heads(v, layer.v_bias, None)
+    mixed, pages = cached_attention(
+        q, k, v, *angles, pages, page_table, start, window=window, implementation=implementation
+    )
+    mixed = mixed.reshape(*mixed.shape[:2], -1)
+    if only is not None:
+        x, mixed = (jax.lax.dynamic_slice_in_dim(rows, only, 1, axis=1) for rows in (x, mixed))
+    return x, mixed, pages
+
+
+def _add_and_norm(
+    x: jax.Array, delta: jax.Array, bias: jax.Array | None, weight: jax.Array, *, eps: float, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    return rms_norm(x, weight, eps, delta=_biased(delta, bias), implementation=implementation)
+
+
+def _activate(
+    gate: jax.Array,
+    up: jax.Array,
+    gate_bias: jax.Array | None,
+    up_bias: jax.Array | None,
+    *,
+    implementation: str | None,
+) -> jax.Array:
+    return swiglu(_biased(gate, gate_bias), _biased(up, up_bias), implementation=implementation)
+
+
+def _add(x: jax.Array, delta: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x + _biased(delta, bias)
 
 
 def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -5,7 +5,7 @@ No confidentiality claim: whoever runs the accelerator sees weights, prompt and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class Plain:
         with jax.named_scope(site.name):
             return linear(x, *weights, precise=self.activation_bits == 16, implementation=self.implementation)
 
-    def protected(self, site: Site, function: Callable[..., Result], *operands: object) -> Result:
+    def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
         """Traced where it is called."""
         with jax.named_scope(site.name):
-            return function(*operands)
+            return function(*operands, **static)
