@@ -23,6 +23,7 @@ from fusedllm.model.transformer import decoder_layer
 from fusedllm.quant.statistics import Statistics
 
 Result = TypeVar("Result")
+Carry = TypeVar("Carry")
 
 # The sites of a layer, and the fields of `LayerParams` that are multiplied there.
 SITES: dict[str, tuple[str, ...]] = {
@@ -42,6 +43,14 @@ class Recorder:
 
     implementation: str | None = None
     inputs: dict[str, jax.Array] = field(default_factory=dict)
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Part of the program that calls it: what is recorded may not be a value of another one."""
+        return function
+
+    def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
+        """Part of the program; a layer has none."""
+        return jax.lax.while_loop(goes_on, step, carry)
 
     def layer_key(self, index: int) -> int | None:
         """Nothing: a recorder serves one layer."""

@@ -151,7 +151,7 @@ class Programs:
             outputs = jax.tree.map(lambda all_, new: all_.at[step].set(new), outputs, made)
             return step + 1, cache, self._advance(slots, token), self._count(seen, slots, rows, token), outputs
 
-        _, cache, slots, seen, outputs = lax.while_loop(
+        _, cache, slots, seen, outputs = self.placement.loop(
             goes_on, step, (jnp.int32(0), cache, slots, seats.seen, outputs)
         )
         all_slots = jax.tree.map(lambda all_, some: all_.at[rows].set(some), seats.slots, slots)

@@ -69,12 +69,13 @@ class Runner:
         self._stops = SamplingParams.MAX_STOP_TOKEN_IDS + max(len(config.eos_token_ids), 1)
         self._compiled: set[str] = set()
         programs = Programs(config, placement, jnp.dtype(dtype), implementation)
-        self._prefill = jax.jit(programs.prefill, donate_argnums=1)
-        self._logits = jax.jit(programs.logits, donate_argnums=1)
-        self._score = jax.jit(programs.score, donate_argnums=1)
-        self._prefill_scored = jax.jit(programs.prefill_scored, donate_argnums=1)
-        self._admit = jax.jit(programs.admit, donate_argnums=1)
-        self._decode = jax.jit(functools.partial(programs.decode, most=engine.decode_steps), donate_argnums=(1, 2))
+        self._prefill = placement.compile(programs.prefill, donate_argnums=1)
+        self._logits = placement.compile(programs.logits, donate_argnums=1)
+        self._score = placement.compile(programs.score, donate_argnums=1)
+        self._prefill_scored = placement.compile(programs.prefill_scored, donate_argnums=1)
+        self._admit = placement.compile(programs.admit, donate_argnums=1)
+        decode = functools.partial(programs.decode, most=engine.decode_steps)
+        self._decode = placement.compile(decode, donate_argnums=(1, 2))
         # Where the parameters are, and bound to it: a program is compiled once for state that is bound to a place and
         # once for state that is not, and what comes out of a launch is bound.
         home = params.final_norm.sharding
@@ -241,7 +242,8 @@ class Runner:
         """XLA's memory analysis of the decode program: how many bytes are aliased, and how many temporary."""
         idle, allowed = orders(self.engine, [], batch), self._all_allowed[batch]
         arguments = (self._params, self._cache, self._seats, idle, np.int32(1), allowed)
-        return self._decode.lower(*arguments).compile().memory_analysis()
+        decode: Any = self._decode
+        return decode.lower(*arguments).compile().memory_analysis()
 
     @property
     def cache_bytes(self) -> int:

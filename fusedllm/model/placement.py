@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 
 from fusedllm.model.params import Weight
 
 Result = TypeVar("Result")
+Carry = TypeVar("Carry")
 
 
 class Site(NamedTuple):
@@ -25,6 +26,14 @@ class Site(NamedTuple):
 @runtime_checkable
 class Placement(Protocol):
     """A policy over one and the same layer. An instance is hashable: it is part of a program's key."""
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`function` with the options of `jax.jit`: as one program, or called as it is where the host drives."""
+        ...
+
+    def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
+        """`jax.lax.while_loop`, decided where the trust is."""
+        ...
 
     def layer_key(self, index: int) -> int | None:
         """What of a layer's place the policy needs to know; with `None` for all, one trace serves every layer."""

@@ -47,7 +47,8 @@ def forward(
     )
     angles = placement.protected(Site("rope"), _angles, positions, rope=config.rope, head_dim=config.head_dim)
     # Traced once for all layers that share a window and a key, not once a layer; XLA inlines the calls.
-    run_layer = jax.jit(decoder_layer, static_argnames=("config", "placement", "window", "key", "implementation"))
+    static = ("config", "placement", "window", "key", "implementation")
+    run_layer = placement.compile(decoder_layer, static_argnames=static)
     layers = []
     for index, layer in enumerate(params.layers):
         x, pages = run_layer(

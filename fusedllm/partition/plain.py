@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,6 +16,7 @@ from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
 
 Result = TypeVar("Result")
+Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,14 @@ class Plain:
 
     implementation: str | None = None
     activation_bits: int = 16
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """One XLA program."""
+        return jax.jit(function, **options)
+
+    def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
+        """Part of the program."""
+        return jax.lax.while_loop(goes_on, step, carry)
 
     def layer_key(self, index: int) -> int | None:
         """Nothing: every layer is treated alike."""
