@@ -97,8 +97,9 @@ def decoder_layer(
     norm = {"eps": config.rms_norm_eps, "implementation": implementation}
     normed = placement.protected(Site("attention_norm", key), _norm, x, layer.attention_norm, **norm)
     q, k, v = placement.linear(Site("qkv", key), normed, (layer.q, layer.k, layer.v))
+    small = (layer.q_bias, layer.k_bias, layer.v_bias, layer.q_norm, layer.k_norm)
     x, mixed, pages = placement.protected(
-        Site("attention", key), _attend, x, q, k, v, layer, pages, angles, page_table, start, only,
+        Site("attention", key), _attend, x, q, k, v, small, pages, angles, page_table, start, only,
         head_dim=config.head_dim, window=window, **norm,
     )  # fmt: skip
     (o,) = placement.linear(Site("o", key), mixed, (layer.o,))
@@ -134,7 +135,7 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    layer: LayerParams,
+    small: tuple[jax.Array | None, ...],
     pages: tuple[jax.Array, ...],
     angles: tuple[jax.Array, jax.Array],
     page_table: jax.Array,
@@ -146,14 +147,17 @@ def _attend(
     eps: float,
     implementation: str | None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """The residual stream, what attention mixes, both of the token `only` if that is given, and the layer's pages."""
+    """The residual stream, what attention mixes, both of the token `only` if that is given, and the layer's pages.
+
+    `small` are the biases of q, k and v, and the norms of q and k.
+    """
+    q_bias, k_bias, v_bias, q_norm, k_norm = small
 
     def heads(x: jax.Array, bias: jax.Array | None, norm: jax.Array | None) -> jax.Array:
         split = _biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
         return split if norm is None else _norm(split, norm, eps=eps, implementation=implementation)
 
-    q, k = heads(q, layer.q_bias, layer.q_norm), heads(k, layer.k_bias, layer.k_norm)
-    v = heads(v, layer.v_bias, None)
+    q, k, v = heads(q, q_bias, q_norm), heads(k, k_bias, k_norm), heads(v, v_bias, None)
     mixed, pages = cached_attention(
         q, k, v, *angles, pages, page_table, start, window=window, implementation=implementation
     )

@@ -1,0 +1,90 @@
+"""`Hosted`: the host drives compiled segments, the trusted ones on the CPU, the products on an untrusted device.
+
+The layer's code is the same as everywhere. Here nobody compiles it as a whole: its verbs are called with arrays, each
+runs a segment that was compiled once, and what goes to the device goes through the policy's `Crossing` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import jax
+
+from fusedllm.model.params import LayerParams, Params, Weight
+from fusedllm.model.placement import Site
+from fusedllm.partition.ledger import Ledger
+
+Result = TypeVar("Result")
+Carry = TypeVar("Carry")
+
+# The matrices of a layer: what the device holds. All else stays with the trusted side.
+PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Boundary(Protocol):
+    """What a policy does at a crossing."""
+
+    ledger: Ledger
+
+    def place(self, weight: Weight) -> Weight:
+        """The weight where the device can read it."""
+        ...
+
+    def cross(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+        """`x @ w.T` for each weight; `x` and the results are the trusted side's."""
+        ...
+
+
+class Hosted:
+    """A placement whose loops and layers run in Python, and whose verbs run compiled segments.
+
+    Args:
+      boundary: the policy's crossing.
+      trusted: the CPU device of the trusted side.
+    """
+
+    def __init__(self, boundary: Boundary, trusted: jax.Device) -> None:
+        self.boundary = boundary
+        self.trusted = trusted
+        self._segments: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def place(self, params: Params) -> Params:
+        """`params` with the matrices of the products on the device, and a head of its own where it was tied."""
+        head = self.boundary.place(params.embedding if params.head is None else params.head)
+        layers = tuple(self._place_layer(layer) for layer in params.layers)
+        trusted = jax.device_put(replace(params, layers=(), head=None), self.trusted)
+        return replace(trusted, layers=layers, head=head)
+
+    def _place_layer(self, layer: LayerParams) -> LayerParams:
+        small = jax.device_put(replace(layer, **dict.fromkeys(PRODUCTS)), self.trusted)
+        return replace(small, **{name: self.boundary.place(getattr(layer, name)) for name in PRODUCTS})
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """The function itself: it is its segments that are compiled."""
+        return function
+
+    def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
+        """A loop of the host, over a predicate that the trusted side has computed."""
+        while bool(goes_on(carry)):
+            carry = step(carry)
+        return carry
+
+    def layer_key(self, index: int) -> int | None:
+        """The layer's number: each has its own crossings."""
+        return index
+
+    def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+        """One crossing."""
+        return self.boundary.cross(site, x, weights)
+
+    def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
+        """A segment on the trusted CPU, compiled on first use for each shape."""
+        # Of an attention the pages are given up, so that they are updated where they are.
+        donated = ("pages",) if site.name == "attention" else ()
+        key = (function, tuple(static), donated)
+        if key not in self._segments:
+            self._segments[key] = jax.jit(function, static_argnames=tuple(static), donate_argnames=donated)
+        result: Result = self._segments[key](*operands, **static)
+        return result
