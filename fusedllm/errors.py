@@ -57,5 +57,9 @@ class ImplementationError(FusedLLMError):
     """A kernel implementation was asked for that can't run on this backend; the message says why."""
 
 
+class PolicyError(FusedLLMError):
+    """A policy of the trust boundary is unknown, has no device to run on, or can't run with what else was asked for."""
+
+
 class CompileForbiddenError(FusedLLMError):
     """Something compiled inside `forbid_compile()`; the message names the program and its shape."""

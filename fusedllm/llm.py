@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +24,14 @@ from fusedllm.compilation_cache import use_compilation_cache
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
 from fusedllm.engine.engine import Engine
-from fusedllm.engine.request import Chunk, TokenLogprob
-from fusedllm.engine.request import Sequence as EngineSequence
-from fusedllm.engine.results import Completion, Usage
+from fusedllm.engine.results import Completion
 from fusedllm.engine.runner import Runner
 from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
 from fusedllm.model.params import Params
-from fusedllm.partition.plain import Plain
+from fusedllm.partition import policies
+from fusedllm.partition.ledger import Ledger
+from fusedllm.stream import Stream
 from fusedllm.text.chat import ChatTemplate
-from fusedllm.text.stream import TextStream
 from fusedllm.text.tokenizer import Tokenizer
 from fusedllm.weights import quantized, registry
 from fusedllm.weights.checkpoint import Checkpoint
@@ -55,6 +54,7 @@ def load(
     implementation: str | None = None,
     activation_bits: int | None = None,
     threads: int | None = None,
+    policy: str = "plain",
     random_weights: bool = False,
     seed: int = 0,
     keep_programs: bool = True,
@@ -78,6 +78,9 @@ def load(
         prefills up to 1.8 times as fast, and moves logits by about 1 % of their range. By default 8 for models whose
         hidden size is 2,048 or more, and 16 for smaller ones, which are more easily disturbed.
       threads: how many threads the native kernels of this process use; by default all cores that it may use.
+      policy: which part runs where (`fusedllm.partition.policies`): `plain` is one fused program, and no
+        confidentiality claim; `split` has everything but the products on the CPU, and no claim either; `trusted` runs
+        on the CPU alone.
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.
       keep_programs: keep compiled programs on disk for the next process, in this package's cache directory, unless jax
@@ -130,6 +133,7 @@ def load(
         kv_dtype=cache_dtype(kv_dtype, jnp.bfloat16 if dtype == "auto" else compute),
         implementation=implementation,
         activation_bits=activation_bits,
+        policy=policy,
         load_report=report,
     )
 
@@ -155,6 +159,7 @@ class LLM:
         kv_dtype: Any = None,
         implementation: str | None = None,
         activation_bits: int | None = None,
+        policy: str = "plain",
         load_report: LoadReport | None = None,
     ) -> None:
         check_activation_bits(activation_bits)
@@ -168,11 +173,14 @@ class LLM:
         self.load_report = load_report
         self.activation_bits = activation_bits or default_activation_bits(config.hidden_size)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
+        self._applied = policies.apply(
+            policy, params, implementation=implementation, activation_bits=self.activation_bits
+        )
         runner = Runner(
             config,
-            params,
+            self._applied.params,
             engine,
-            Plain(implementation, self.activation_bits),
+            self._applied.placement,
             dtype=dtype,
             cache_dtype=kv_dtype,
             implementation=implementation,
@@ -184,6 +192,22 @@ class LLM:
     def engine(self) -> Engine:
         """The engine underneath, for counters and for callers that schedule themselves."""
         return self._engine
+
+    @property
+    def policy(self) -> policies.Policy:
+        """Which part runs where, and what that claims."""
+        return self._applied.policy
+
+    @property
+    def boundary(self) -> Ledger:
+        """What has crossed the boundary so far."""
+        return self._applied.ledger
+
+    def boundary_report(self) -> str:
+        """What has crossed the boundary so far, by site, under the policy's own words."""
+        policy = self._applied.policy
+        words = f"policy {policy.name}: the accelerator sees {policy.seen}; {policy.claim}."
+        return f"{words}\n{self._applied.ledger.table()}"
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **keywords: Any
@@ -292,87 +316,6 @@ class LLM:
         if self.tokenizer is None:
             raise TokenizerError("this checkpoint has no tokenizer, so a prompt must be a list of token ids.")
         return self.tokenizer
-
-
-class Stream:
-    """The pieces of one answer, as an iterator of texts; `close` cancels what has not been made yet.
-
-    Without a tokenizer the pieces are empty, one for each launch, and `token_ids` grows.
-    """
-
-    def __init__(self, engine: Engine, sequence: EngineSequence, tokenizer: Tokenizer | None) -> None:
-        self.sequence = sequence
-        self._engine = engine
-        self._text = None if tokenizer is None else TextStream(tokenizer, sequence.sampling.stop)
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._finished = False
-        self._pieces = self._run()
-        if tokenizer is None and sequence.sampling.stop:
-            raise TokenizerError("stop strings need a tokenizer, and this checkpoint has none.")
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Ends the request; `result` then has what was made so far."""
-        self._pieces.close()
-        self._engine.cancel(self.sequence)
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The tokens so far."""
-        return tuple(self._tokens)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the answer is complete in what was pushed; `sequence` may have ended further on, unread."""
-        return self._finished
-
-    def push(self, chunk: Chunk) -> str:
-        """Takes a chunk of the engine; the text that can be shown now."""
-        if self._finished:
-            return ""
-        shown = chunk.tokens
-        ended = chunk.finish_reason
-        if ended == "stop":
-            # A stop token ends the text before it, be it special or not.
-            shown = shown[:-1]
-        piece = ""
-        count = len(chunk.tokens)
-        if self._text is not None:
-            piece = self._text.push(shown)
-            if ended and not self._text.stopped:
-                piece += self._text.finish()
-            if self._text.stopped:
-                count = self._text.token_count - len(self._tokens)
-                self.sequence.finish_reason = ended = "stop"
-                self._engine.cancel(self.sequence)
-        self._tokens += chunk.tokens[:count]
-        self._logprobs += chunk.logprobs[:count]
-        self._finished = ended is not None
-        return piece
-
-    @property
-    def result(self) -> Completion:
-        """The answer; before the end, what there is of it with the reason `cancelled`."""
-        return Completion(
-            text="" if self._text is None else self._text.text,
-            token_ids=self.token_ids,
-            finish_reason=self.sequence.finish_reason or "cancelled",
-            logprobs=tuple(self._logprobs),
-            usage=Usage(len(self.sequence.prompt), len(self._tokens)),
-            timings=self.sequence.timings,
-        )
-
-    def _run(self) -> Generator[str, None, None]:
-        for _, chunk in self._engine.run([self.sequence]):
-            piece = self.push(chunk)
-            if piece or self._text is None:
-                yield piece
 
 
 def _open(ckpt: str | Path | pa.Table | Checkpoint, progress: bool) -> Checkpoint:

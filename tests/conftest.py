@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 # The tests are about this package's code; XLA's own log lines would hide them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The second device plays an accelerator under the policies that need one.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 
 import hypothesis
 import pytest

@@ -11,7 +11,8 @@ from fusedllm.config import SamplingParams
 from fusedllm.errors import RequestError
 
 if TYPE_CHECKING:
-    from fusedllm.llm import LLM, Stream
+    from fusedllm.llm import LLM
+from fusedllm.stream import Stream
 
 NAME = "generate"
 HELP = "answer a prompt"
@@ -108,13 +109,11 @@ def summary(stream: Stream) -> str:
     """One line: tokens in and out, their rates, and the time to the first of them."""
     result = stream.result
     timings = result.timings
-    # What a program costs once, before its first launch, is not the speed of the next prefill.
-    prefill = timings.prefill_seconds - timings.compile_seconds
-    parts = [
-        f"{result.usage.prompt_tokens} prompt tokens",
-        f"prefill {result.usage.prompt_tokens / prefill:.1f} tokens/s (first launch)",
-        f"{result.usage.completion_tokens} tokens",
-    ]
+    parts = [f"{result.usage.prompt_tokens} prompt tokens"]
+    if not timings.compile_seconds:
+        # What a program costs once, before its first launch, is not the speed of a prefill.
+        parts.append(f"prefill {result.usage.prompt_tokens / timings.prefill_seconds:.1f} tokens/s")
+    parts.append(f"{result.usage.completion_tokens} tokens")
     if timings.decode_seconds > 0:
         parts.append(f"decode {(result.usage.completion_tokens - 1) / timings.decode_seconds:.1f} tokens/s")
     if timings.compile_seconds > 0:
@@ -128,7 +127,7 @@ def statistics(llm: LLM) -> str:
     runner = llm.engine.runner
     traffic = runner.traffic
     lines = [
-        "policy plain: no confidentiality claim; the accelerator sees everything",
+        llm.boundary_report(),
         f"KV cache {runner.cache_bytes / 1e6:.1f} MB for {runner.engine.cache_tokens} positions",
         f"{traffic.launches} launches, {traffic.bytes_to_device} bytes to the device, "
         f"{traffic.bytes_to_host} to the host: {traffic.bytes_to_host / max(traffic.tokens, 1):.1f} bytes a token",

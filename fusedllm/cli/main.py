@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     # Before jax is imported: silences XLA's own log lines, which speak to its developers.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if getattr(options, "policy", "plain") not in ("plain", "trusted"):
+        # Where there is no accelerator, a second device of this CPU plays one.
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show a character shows a question mark instead of ending the answer.
         if isinstance(stream, io.TextIOWrapper):

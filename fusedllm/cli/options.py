@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fusedllm.llm import LLM
     from fusedllm.weights.checkpoint import Checkpoint
 
+# Those of `fusedllm.partition.policies`, which would import jax.
+POLICIES = ("plain", "split", "trusted")
+
 DEFAULT_CKPT = "smollm2-135m"
 
 
@@ -42,6 +45,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "or more wide, else 16)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="of the native kernels (default: all cores)")
+    group.add_argument(
+        "--policy",
+        default="plain",
+        choices=POLICIES,
+        help="which part runs where; only `trusted` keeps anything from who runs the accelerator (docs/trust.md)",
+    )
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
 
@@ -59,6 +68,7 @@ def load_model(
         implementation=options.implementation,
         activation_bits=options.activation_bits,
         threads=options.threads,
+        policy=options.policy,
         max_context=options.max_context,
         engine=engine,
         random_weights=options.random_weights,

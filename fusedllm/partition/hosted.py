@@ -1,7 +1,7 @@
 """`Hosted`: the host drives compiled segments, the trusted ones on the CPU, the products on an untrusted device.
 
 The layer's code is the same as everywhere. Here nobody compiles it as a whole: its verbs are called with arrays, each
-runs a segment that was compiled once, and what goes to the device goes through the policy's `Crossing` and nowhere else.
+runs a segment that was compiled once, and what goes to the device goes through the policy's `Boundary` alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import jax
+import numpy as np
 
 from fusedllm.model.params import LayerParams, Params, Weight
 from fusedllm.model.placement import Site
@@ -58,12 +59,22 @@ class Hosted:
         return replace(trusted, layers=layers, head=head)
 
     def _place_layer(self, layer: LayerParams) -> LayerParams:
-        small = jax.device_put(replace(layer, **dict.fromkeys(PRODUCTS)), self.trusted)
+        none: dict[str, Any] = dict.fromkeys(PRODUCTS)
+        small = jax.device_put(replace(layer, **none), self.trusted)
         return replace(small, **{name: self.boundary.place(getattr(layer, name)) for name in PRODUCTS})
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """The function itself: it is its segments that are compiled."""
-        return function
+        """The function itself, with its arrays on the trusted side: it is its segments that are compiled."""
+
+        def run(*operands: Any, **named: Any) -> Any:
+            return function(*(self._here(operand) for operand in operands), **named)
+
+        return run
+
+    def _here(self, operand: Any) -> Any:
+        """NumPy's arrays as the trusted device's; whatever is somewhere already stays there."""
+        numbers = (np.ndarray, np.generic)
+        return jax.tree.map(lambda x: jax.device_put(x, self.trusted) if isinstance(x, numbers) else x, operand)
 
     def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
         """A loop of the host, over a predicate that the trusted side has computed."""

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fusedllm.engine.request import TokenLogprob
-from fusedllm.llm import Stream
 from fusedllm.serve.documented import FINGERPRINT, documented
 from fusedllm.serve.logprobs import LegacyFormat, join
 from fusedllm.serve.prepare import Wanted, prepare
@@ -21,6 +20,7 @@ from fusedllm.serve.schemas_completions import DEFAULT_MAX_TOKENS, CompletionBod
 from fusedllm.serve.session import Piece, Session
 from fusedllm.serve.state import Caller, Server, ServerState
 from fusedllm.serve.streaming import Events, respond, usage
+from fusedllm.stream import Stream
 
 router = APIRouter()
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from fusedllm.errors import ContextLengthError
-from fusedllm.llm import Stream
 from fusedllm.serve.errors import bad_request
 from fusedllm.serve.schemas_common import Generation, GrammarKind
 from fusedllm.serve.state import ServerState
+from fusedllm.stream import Stream
 
 if TYPE_CHECKING:
     from fusedllm.text.constraint import Constraint

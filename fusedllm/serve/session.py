@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedllm.engine.request import Chunk, FinishReason, TokenLogprob
-from fusedllm.llm import Stream
 from fusedllm.serve.errors import RETRY_AFTER, SERVER, UNAVAILABLE, APIError, bad_request, internal_error
 from fusedllm.serve.state import ServerState
+from fusedllm.stream import Stream
 
 # The engine ends a request at its deadline; if it is stuck in a launch for this much longer, in seconds, we do.
 DEADLINE_GRACE = 1.0

@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fusedllm.llm import Stream
 from fusedllm.serve.errors import as_api_error
 from fusedllm.serve.responses import JSON, dumps
 from fusedllm.serve.session import Piece, Session
+from fusedllm.stream import Stream
 
 DONE = "data: [DONE]\n\n"
 

@@ -1,0 +1,110 @@
+"""The policies by name: what each claims, what the accelerator sees, and how one is put over a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from fusedllm.errors import PolicyError
+from fusedllm.model.params import Params
+from fusedllm.model.placement import Placement
+from fusedllm.partition.hosted import Hosted
+from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.plain import Plain
+from fusedllm.partition.split import Split
+
+NO_CLAIM = "no confidentiality claim"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A row of the table in `docs/trust.md`.
+
+    Attributes:
+      name: what the user calls it.
+      trusted: what the trusted side does.
+      seen: what whoever runs the accelerator sees.
+      claim: what is kept from them, or `NO_CLAIM`.
+      crosses: whether products run on another device than the rest.
+    """
+
+    name: str
+    trusted: str
+    seen: str
+    claim: str
+    crosses: bool = False
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("plain", "nothing", "weights, prompt, activations and output", NO_CLAIM),
+        Policy(
+            "split",
+            "everything but the products with weights",
+            "weights, and the activations of every product, in the clear",
+            NO_CLAIM,
+            crosses=True,
+        ),
+        Policy("trusted", "everything, on the CPU", "nothing", "weights, prompt, activations and output stay here"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A policy over one model: the placement, the parameters where it wants them, and what it counts."""
+
+    policy: Policy
+    placement: Placement
+    params: Params
+    ledger: Ledger
+
+
+def find(name: str) -> Policy:
+    """The policy of a name.
+
+    Raises:
+      PolicyError: there is none.
+    """
+    if name not in POLICIES:
+        raise PolicyError(f"there is no policy {name!r}; known are {', '.join(POLICIES)}.")
+    return POLICIES[name]
+
+
+def apply(name: str, params: Params, *, implementation: str | None, activation_bits: int) -> Applied:
+    """Puts a policy over a model whose parameters are `params`.
+
+    Raises:
+      PolicyError: there is no such policy, or no device for it.
+    """
+    policy = find(name)
+    plain = Plain(implementation, activation_bits)
+    if not policy.crosses:
+        if name == "trusted":
+            params = jax.device_put(params, jax.devices("cpu")[0])
+        return Applied(policy, plain, params, Ledger())
+    trusted, device = devices(name)
+    boundary = Split(device, trusted, precise=activation_bits == 16, implementation=implementation)
+    placement = Hosted(boundary, trusted)
+    return Applied(policy, placement, placement.place(params), boundary.ledger)
+
+
+def devices(name: str) -> tuple[jax.Device, jax.Device]:
+    """The trusted CPU, and the untrusted device: an accelerator, or a second device of this machine that plays one.
+
+    Raises:
+      PolicyError: there is neither.
+    """
+    trusted = jax.devices("cpu")[0]
+    untrusted = next((device for device in jax.devices() if device.platform != "cpu"), None)
+    if untrusted is None:
+        untrusted = next(iter(jax.devices("cpu")[1:]), None)
+    if untrusted is None:
+        raise PolicyError(
+            f"the policy {name!r} needs a device beside the trusted CPU, and there is no accelerator; set "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=2 before jax is imported, and a second device of this "
+            "CPU plays one."
+        )
+    return trusted, untrusted

@@ -1,0 +1,123 @@
+"""Policies over one and the same layer: equal answers, and exactly the crossings that they declare."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, TINY_ENGINE
+from test_engine import ids
+
+from fusedllm.cli.options import POLICIES as CLI_POLICIES
+from fusedllm.errors import PolicyError
+from fusedllm.llm import LLM
+from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.policies import NO_CLAIM, POLICIES, find
+from fusedllm.weights.random import random_params
+
+
+def under(policy, **changes) -> LLM:
+    config = dataclasses.replace(TINY, **changes)
+    return LLM(config, random_params(config, "float32", seed=1), engine=TINY_ENGINE, policy=policy)
+
+
+@pytest.fixture(scope="module")
+def split() -> LLM:
+    return under("split")
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"attention_bias": True, "qk_norm": True}])
+def test_split_computes_what_plain_does(changes):
+    prompt = ids(37)
+    # The same kernels in programs that XLA fuses otherwise.
+    np.testing.assert_allclose(
+        under("split", **changes).logits(prompt), under("plain", **changes).logits(prompt), atol=1e-4
+    )
+
+
+def test_split_answers_as_plain_does_in_company(split, tiny_llm):
+    prompts = [ids(length, seed=length) for length in (1, 16, 40, 5, 70)]
+    for parameters in ({}, {"temperature": 0.8, "seed": 3, "top_p": 0.9}, {"repetition_penalty": 1.3, "logprobs": 2}):
+        expected = tiny_llm.generate(prompts, max_tokens=12, ignore_eos=True, **parameters)
+        found = split.generate(prompts, max_tokens=12, ignore_eos=True, **parameters)
+        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_four_crossings_a_layer_and_one_for_the_head(tokens):
+    llm = under("split")
+    llm.generate([ids(tokens)], max_tokens=4, ignore_eos=True)
+    sites = llm.boundary.sites
+    # A prefill and three steps of decoding; the head draws four times.
+    assert {name: crossings.count for name, crossings in sites.items()} == {
+        "qkv": 4 * TINY.num_layers, "o": 4 * TINY.num_layers, "gate_up": 4 * TINY.num_layers,
+        "down": 4 * TINY.num_layers, "head": 4,
+    }  # fmt: skip
+    assert llm.boundary.total().count == 4 * (4 * TINY.num_layers + 1)
+    # One row of the hidden state went there each time, one of the vocabulary came back, in float32.
+    assert sites["head"].bytes_to_device == 4 * 4 * TINY.hidden_size
+    assert sites["head"].bytes_to_host == 4 * 4 * TINY.vocab_size
+
+
+def test_only_the_matrices_of_the_products_are_on_the_device(split):
+    trusted, device = jax.devices("cpu")
+    params = split.engine.runner._params
+    for layer in params.layers:
+        for field in dataclasses.fields(layer):
+            value = getattr(layer, field.name)
+            if value is not None:
+                expected = device if value.ndim == 2 else trusted
+                assert value.devices() == {expected}, field.name
+    assert params.head.devices() == {device}
+    assert params.embedding.devices() == params.final_norm.devices() == {trusted}
+    assert jax.tree.leaves(split.engine.runner._cache)[0].devices() == {trusted}
+
+
+def test_a_policy_says_what_it_does_not_claim(split, tiny_llm):
+    assert NO_CLAIM in split.boundary_report()
+    assert NO_CLAIM in tiny_llm.boundary_report()
+    assert "in the clear" in split.boundary_report()
+    assert tiny_llm.boundary.total().count == 0
+    for name, policy in POLICIES.items():
+        assert (policy.claim == NO_CLAIM) == (name != "trusted")
+    assert set(CLI_POLICIES) == set(POLICIES)
+
+
+def test_trusted_answers_as_plain_does(tiny_llm):
+    found = under("trusted").generate([ids(9)], max_tokens=8, ignore_eos=True)
+    assert found[0].token_ids == tiny_llm.generate([ids(9)], max_tokens=8, ignore_eos=True)[0].token_ids
+
+
+def test_an_unknown_policy_is_refused_by_name():
+    with pytest.raises(PolicyError, match="no policy 'secret'; known are plain, split, trusted"):
+        find("secret")
+
+
+def test_without_a_second_device_it_is_said_how_to_get_one():
+    code = (
+        "from fusedllm.partition.policies import devices\n"
+        "from fusedllm.errors import PolicyError\n"
+        "try:\n    devices('split')\nexcept PolicyError as error:\n    print(error)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "set XLA_FLAGS=--xla_force_host_platform_device_count=2" in found.stdout
+
+
+def test_a_crossing_that_fails_is_not_counted():
+    ledger = Ledger()
+    with pytest.raises(ValueError, match="broken"), ledger.crossing("o"):
+        raise ValueError("broken")
+    assert ledger.total().count == 0
+    with ledger.crossing("o") as crossing:
+        crossing.bytes_to_device, crossing.bytes_to_host = 3_000_000, 1_000_000
+    assert "o                     1         3.000       1.000" in ledger.table()
