@@ -12,7 +12,7 @@ from fusedllm.errors import RequestError
 
 if TYPE_CHECKING:
     from fusedllm.llm import LLM
-from fusedllm.stream import Stream
+    from fusedllm.stream import Stream
 
 NAME = "generate"
 HELP = "answer a prompt"
