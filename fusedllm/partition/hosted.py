@@ -20,8 +20,9 @@ from fusedllm.partition.ledger import Ledger
 Result = TypeVar("Result")
 Carry = TypeVar("Carry")
 
-# The matrices of a layer: what the device holds. All else stays with the trusted side.
-PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
+# The matrices of a layer, by the site that multiplies with them: what the device holds. All else stays with the trusted
+# side.
+PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 class Boundary(Protocol):
@@ -29,12 +30,12 @@ class Boundary(Protocol):
 
     ledger: Ledger
 
-    def place(self, weight: Weight) -> Weight:
-        """The weight where the device can read it."""
+    def place(self, site: Site, weights: tuple[Weight, ...]) -> tuple[Any, ...]:
+        """Puts the weights of a site where the device can read them; what `cross` is given in place of each."""
         ...
 
-    def cross(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
-        """`x @ w.T` for each weight; `x` and the results are the trusted side's."""
+    def cross(self, site: Site, x: jax.Array, placed: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+        """`x @ w.T` for each weight of a site; `x` and the results are the trusted side's."""
         ...
 
 
@@ -53,15 +54,19 @@ class Hosted:
 
     def place(self, params: Params) -> Params:
         """`params` with the matrices of the products on the device, and a head of its own where it was tied."""
-        head = self.boundary.place(params.embedding if params.head is None else params.head)
-        layers = tuple(self._place_layer(layer) for layer in params.layers)
+        head = params.embedding if params.head is None else params.head
+        (placed_head,) = self.boundary.place(Site("head"), (head,))
+        layers = tuple(self._place_layer(index, layer) for index, layer in enumerate(params.layers))
         trusted = jax.device_put(replace(params, layers=(), head=None), self.trusted)
-        return replace(trusted, layers=layers, head=head)
+        return replace(trusted, layers=layers, head=placed_head)
 
-    def _place_layer(self, layer: LayerParams) -> LayerParams:
-        none: dict[str, Any] = dict.fromkeys(PRODUCTS)
-        small = jax.device_put(replace(layer, **none), self.trusted)
-        return replace(small, **{name: self.boundary.place(getattr(layer, name)) for name in PRODUCTS})
+    def _place_layer(self, index: int, layer: LayerParams) -> LayerParams:
+        placed: dict[str, Any] = {}
+        for site, names in PRODUCTS.items():
+            weights = tuple(getattr(layer, name) for name in names)
+            placed |= zip(names, self.boundary.place(Site(site, index), weights), strict=True)
+        none: dict[str, Any] = dict.fromkeys(placed)
+        return replace(jax.device_put(replace(layer, **none), self.trusted), **placed)
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """The function itself, with its arrays on the trusted side: it is its segments that are compiled."""

@@ -34,16 +34,16 @@ class Split:
         self._trusted = trusted
         self._product = jax.jit(functools.partial(linear, precise=precise, implementation=implementation))
 
-    def place(self, weight: Weight) -> Weight:
-        """The weight on the device."""
-        placed: Weight = jax.device_put(weight, self._device)
+    def place(self, site: Site, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+        """The weights on the device."""
+        placed: tuple[Weight, ...] = jax.device_put(weights, self._device)
         return placed
 
-    def cross(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+    def cross(self, site: Site, x: jax.Array, placed: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Sends `x` as it is, and takes the products."""
         with self.ledger.crossing(site.name) as crossing:
             there = jax.device_put(x, self._device)
-            back = jax.block_until_ready(jax.device_put(self._product(there, *weights), self._trusted))
+            back = jax.block_until_ready(jax.device_put(self._product(there, *placed), self._trusted))
             crossing.bytes_to_device = x.nbytes
             crossing.bytes_to_host = sum(product.nbytes for product in back)
         result: tuple[jax.Array, ...] = back
