@@ -349,6 +349,21 @@ def test_squares_that_overflow_are_no_reason_to_refuse():
     assert fusedllm.quantize_report(table)["huge"].relative_error < 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-20, 1e-27])
+def test_float32_scales_keep_weights_that_are_tiny(size):
+    weights = WEIGHTS["q_proj"] * np.float32(size)
+    table = fusedllm.quantize(table_of({"tiny": weights}), "int8-g32", scale_dtype="float32")
+    np.testing.assert_allclose(read(table)["tiny"], weights, atol=4.5 * size / 254)
+    # Half a step is up to 4 / 254 of the deviation.
+    assert 0 < fusedllm.quantize_report(table)["tiny"].relative_error < 0.016
+
+
+def test_weights_that_no_scale_holds_are_reported_as_lost():
+    table = fusedllm.quantize(table_of({"lost": WEIGHTS["q_proj"] * np.float32(1e-33)}), "int8-g32")
+    assert (read(table)["lost"] == 0).all()
+    assert fusedllm.quantize_report(table)["lost"].relative_error == 1
+
+
 def test_a_scale_beyond_float16_is_refused_with_the_way_out():
     with pytest.raises(QuantizationError, match=r"layer 'a' .* ask for scale_dtype='float32'"):
         fusedllm.quantize(table_of({"a": np.full((2, 64), 1e7, np.float32)}), "int4-g64")

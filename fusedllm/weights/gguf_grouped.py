@@ -19,6 +19,9 @@ from fusedllm.weights.checkpoint import LazyTensor
 
 BLOCK = 32
 
+# What is not larger is rounded to zero in float16.
+VANISHING = 2.0**-25
+
 
 def as_blocks(tensor: LazyTensor) -> LazyTensor:
     """`tensor` with blocks of GGUF instead of grouped codes, where there are blocks for them; else as it is."""
@@ -53,7 +56,7 @@ def blocks_of(array: QuantArray, name: str) -> np.ndarray:
     """The blocks of `array`, uint8 `[rows, bytes of a row]`, in the type `name` of `block_name`.
 
     Raises:
-      QuantizationError: a scale or a minimum is beyond float16.
+      QuantizationError: a scale or a minimum is beyond float16, or a scale too small for it.
     """
     scheme = cast("GroupedScheme", array.scheme)
     rows, width = array.shape
@@ -65,6 +68,11 @@ def blocks_of(array: QuantArray, name: str) -> np.ndarray:
         return np.repeat(np.asarray(numbers, np.float32), repeats, axis=1)[:, :count, None]
 
     scales = of_blocks(array.scales)
+    least = np.abs(scales[scales != 0]).min(initial=np.inf)
+    if least <= VANISHING:
+        raise QuantizationError(
+            f"{name} has scales of float16, and {least:.3g} would become zero: convert with --dtype float32."
+        )
     parts = [_halves(scales, name)]
     if name == "Q8_0":
         return np.concatenate([*parts, codes.view(np.uint8)], axis=2).reshape(rows, -1)
