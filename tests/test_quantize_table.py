@@ -456,6 +456,12 @@ def test_a_cut_off_file_is_refused(tmp_path: Path):
             fusedllm.quantize(path)
 
 
+def test_a_name_that_occurs_twice_in_a_quantized_table_is_refused():
+    table = fusedllm.quantize(table_of(WEIGHTS))
+    with pytest.raises(QuantizationError, match="layer 'q_proj' occurs twice"):
+        fusedllm.dequantize(pa.concat_tables([table, table.slice(0, 1)]))
+
+
 def damaged() -> dict[str, tuple[pa.Table, str]]:
     table = fusedllm.quantize(table_of(WEIGHTS))
 
