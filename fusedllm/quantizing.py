@@ -37,7 +37,7 @@ from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.files import write_atomically
 from fusedllm.weights.open import open_checkpoint
-from fusedllm.weights.quantized import description
+from fusedllm.weights.quantized import CONFIG_KEY, TOKENIZER_KEY, description
 from fusedllm.weights.tables import open_layers, reader_of, table_at, with_layers
 
 DEFAULT_SCHEME = "int4-g64"
@@ -73,7 +73,8 @@ def quantize(
       calibration: the path of a text, a list of texts, or token ids, on which activations are measured; by default,
         where the method needs them, the topics of `pydoc`. With a text `clip` and `hqq` weight errors by it too.
       model: whose weights they are: a name or path that says the configuration and the tokenizer, so that the model
-        can be calibrated, and `fusedllm.load` can run the result. A checkpoint says it itself.
+        can be calibrated, and `fusedllm.load` can run the result. A checkpoint says it itself, and so does a table
+        whose metadata have `fusedllm.config`.
       target_bpw: choose a scheme for each tensor that no rule names, by how much it matters to the model, so that all
         tensors together have so many bits per weight at most; instead of `scheme`. Needs the model and calibration.
       scale_dtype: `float16` or `float32`, of scales and zero points.
@@ -99,7 +100,7 @@ def quantize(
     metadata = table_metadata(plan, scheme, carried)
     schema = table_schema(plan.scale_dtype, metadata)
     if how.needs_calibration or calibration is not None or target_bpw is not None:
-        checkpoint = opened.checkpoint or with_layers(whose, opened.batches)
+        checkpoint = opened.checkpoint or with_layers(whose, opened)
         run = Run(
             checkpoint,
             calibration_tokens(calibration, checkpoint.tokenizer),
@@ -166,18 +167,22 @@ def quantize_file(
 def dequantize(source: Any) -> pa.Table:
     """The float32 weights of a quantized table: `layer_name`, `weights: large_list<float32>`, `shape`.
 
-    `source` is a table, a reader, whatever speaks the Arrow PyCapsule stream protocol, or the path of an Arrow or
-    Parquet file.
+    What the table says of its model goes along. `source` is a table, a reader, whatever speaks the Arrow PyCapsule
+    stream protocol, or the path of an Arrow or Parquet file.
 
     Raises:
-      QuantizationError: it is no quantized table, or contradicts itself; the message names the layer.
+      QuantizationError: it is no quantized table, holds a name twice, or contradicts itself; the message names the
+        layer.
     """
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         source = table_at(path)
         if source is None:
             raise QuantizationError(f"{path} is neither an Arrow nor a Parquet file, so it holds no quantized table.")
-    return dequantize_table(reader_of(source))
+    reader = reader_of(source)
+    found = reader.schema.metadata or {}
+    carried = {key: found[key] for key in (CONFIG_KEY, TOKENIZER_KEY) if key in found}
+    return dequantize_table(reader).replace_schema_metadata(carried)
 
 
 def _plan(scheme: str, method: Method, rules: Mapping[str, str] | None, scale_dtype: str) -> Plan:

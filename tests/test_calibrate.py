@@ -17,7 +17,7 @@ from fusedllm.calibrate.layers import layer_output
 from fusedllm.calibrate.run import Run
 from fusedllm.calibrate.text import HELD_BACK, calibration_tokens
 from fusedllm.config import ModelConfig
-from fusedllm.errors import QuantizationError
+from fusedllm.errors import CheckpointError, QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.model.params import describe
 from fusedllm.quant.methods import method_named
@@ -317,3 +317,14 @@ def test_a_table_is_calibrated_with_the_model_that_it_is_of(tmp_path):
     np.testing.assert_allclose(llm.logits(TOKENS[0].tolist()), logits(checkpoint, values)[0], atol=1e-4)
     with pytest.raises(QuantizationError, match="say whose weights these are"):
         fusedllm.quantize(weights, method="gptq", calibration=TOKENS)
+
+
+def test_a_table_that_describes_its_model_is_calibrated_without_a_name():
+    checkpoint = random_checkpoint(CONFIG, "float32")
+    expected = fusedllm.quantize(checkpoint, "int4-g32", method="gptq", calibration=TOKENS)
+    weights = fusedllm.dequantize(fusedllm.quantize(checkpoint, rules={".": "keep"}))
+    made = fusedllm.quantize(weights, "int4-g32", method="gptq", calibration=TOKENS)
+    assert made.equals(expected)
+    broken = weights.replace_schema_metadata({b"fusedllm.config": b"nonsense"})
+    with pytest.raises(CheckpointError, match="the metadata of the table hold no text that describes a model"):
+        fusedllm.quantize(broken, method="gptq", calibration=TOKENS)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_calibrate import CONFIG
 
 import fusedllm
 from fusedllm.cli.main import main
+from fusedllm.errors import CheckpointError, QuantizationError
 from fusedllm.weights.convert import convert
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.random import random_checkpoint
@@ -39,6 +43,47 @@ def test_into_parquet_with_the_report_printed(source, tmp_path, capsys):
     assert run(source, tmp_path / "q.parquet", "--scheme", "int8", "--report") == 0
     assert "model.layers.0.mlp.down_proj.weight" in capsys.readouterr().out
     assert pq.read_table(tmp_path / "q.parquet").num_rows == len(random_checkpoint(CONFIG, "float32").tensors)
+
+
+def test_a_quantized_table_in_parquet_is_loaded_by_its_content(source, tmp_path):
+    assert run(source, tmp_path / "q.arrow", "--scheme", "int4-g32") == 0
+    assert run(source, tmp_path / "q.parquet", "--scheme", "int4-g32") == 0
+    prompt = list(range(20))
+    expected = fusedllm.load(tmp_path / "q.arrow", max_context=64).logits(prompt)
+    (tmp_path / "alone").mkdir()
+    for name in ("q.bin", "alone/q.parquet", "alone"):
+        if name != "alone":
+            (tmp_path / name).write_bytes((tmp_path / "q.parquet").read_bytes())
+        np.testing.assert_array_equal(fusedllm.load(tmp_path / name, max_context=64).logits(prompt), expected)
+
+
+def test_a_parquet_file_that_is_no_model_is_refused(source, tmp_path):
+    weights = {"a": np.ones((2, 32), np.float32)}
+    pq.write_table(fusedllm.quantize(weights), tmp_path / "nameless.parquet")
+    pq.write_table(fusedllm.dequantize(fusedllm.quantize(weights)), tmp_path / "floats.parquet")
+    assert run(source, tmp_path / "cut.parquet") == 0
+    os.truncate(tmp_path / "cut.parquet", 1000)
+    for name, sentence in (
+        ("nameless", "does not say which model"),
+        ("floats", "is not quantized"),
+        ("cut", "is not a whole Parquet file"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name}\.parquet {sentence}"):
+            open_checkpoint(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("name", ["q.arrow", "q.parquet", "table", "checkpoint", "directory"])
+def test_what_is_quantized_already_is_refused_wherever_it_lies(source, tmp_path, name):
+    quantized = fusedllm.quantize(source, "int8")
+    path = tmp_path / f"q.{name.removeprefix('q.') if name.startswith('q.') else 'arrow'}"
+    if path.suffix == ".parquet":
+        pq.write_table(quantized, path)
+    else:
+        with pa.ipc.new_file(path, quantized.schema) as writer:
+            writer.write_table(quantized)
+    held = {"table": quantized, "checkpoint": open_checkpoint(path), "directory": tmp_path}
+    with pytest.raises(QuantizationError, match=r"quantized already: quantize the weights that fusedllm\.dequantize"):
+        fusedllm.quantize(held.get(name, path), "int4-g32")
 
 
 def test_a_format_that_is_asked_for_is_written_whatever_the_suffix(source, tmp_path):
