@@ -119,5 +119,7 @@ def test_a_target_that_nothing_meets_is_refused(checkpoint):
     run = Run(checkpoint, TOKENS, lambda name, shape: SCHEMES["int4-g32"], method_named("rtn"))
     with pytest.raises(QuantizationError, match="from 0 to 32, got -1"):
         choose_schemes(run, -1)
+    with pytest.raises(QuantizationError, match="from 0 to 32, got '4'"):
+        choose_schemes(run, "4")
     with pytest.raises(QuantizationError, match="allow more bits per weight"):
         fusedllm.quantize(checkpoint, target_bpw=2.0, calibration=TOKENS)

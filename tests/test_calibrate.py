@@ -288,6 +288,7 @@ def test_what_perplexity_is_measured_on_is_held_back():
     [
         ("/nowhere/text.txt", r"the calibration text /nowhere/text.txt can't be read: No such file"),
         ([1, 2], "must be a path, a list of texts"),
+        (5, "must be a path, a list of texts"),
         (np.zeros((2, 2)), "must be integers"),
         (np.arange(5), "has 5 tokens; at least one window of 512"),
         (np.array([[3, -1]]), "from 0 to 2147483647, got -1 to 3"),

@@ -431,6 +431,23 @@ def test_unknown_words_are_refused_with_the_known_ones():
         fusedllm.quantize_report(table)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "sentence"),
+    [
+        ("method", 5, "a method is a name such as 'clip.gptq', got 5"),
+        ("method", None, "got None"),
+        ("rules", ["embed=int8"], r"rules are a mapping .* got \['embed=int8'\]"),
+        ("rules", {3: "int8"}, "rules are a mapping from regular expressions"),
+        ("rules", {"a": 8}, "there is no scheme 8"),
+        ("scheme", ["int8"], r"there is no scheme \['int8'\]"),
+        ("scale_dtype", [16], r"scale_dtype must be float16 or float32, got \[16\]"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_a_sentence(argument, value, sentence):
+    with pytest.raises(QuantizationError, match=sentence):
+        fusedllm.quantize(table_of(WEIGHTS), **{argument: value})
+
+
 def test_a_layer_of_too_many_weights_is_refused_before_it_is_touched():
     # The offsets of a list say how long it is; nothing of it is there.
     count = MOST_ELEMENTS + 1

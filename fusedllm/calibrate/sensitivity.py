@@ -69,7 +69,7 @@ def choose_schemes(
     Raises:
       QuantizationError: no positive number, or the candidates take more.
     """
-    if not 0 < target <= FLOAT_BITS:
+    if not isinstance(target, (int, float)) or not 0 < target <= FLOAT_BITS:
         raise QuantizationError(f"target_bpw must be a number of bits from 0 to {FLOAT_BITS}, got {target!r}.")
     config = run.checkpoint.config
     wanted = {name: spec.shape for name, spec in specs(config).items()}

@@ -177,6 +177,6 @@ def scale_dtype_named(name: str) -> np.dtype:
     Raises:
       QuantizationError: any other.
     """
-    if name not in SCALE_DTYPES:
+    if not isinstance(name, str) or name not in SCALE_DTYPES:
         raise QuantizationError(f"scale_dtype must be {' or '.join(SCALE_DTYPES)}, got {name!r}.")
     return SCALE_DTYPES[name]
