@@ -35,12 +35,15 @@ from fusedllm.quant.schemes import scheme_named
 from fusedllm.quant.table import table_schema
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
+from fusedllm.weights.convert import format_of
 from fusedllm.weights.files import write_atomically
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.quantized import CONFIG_KEY, TOKENIZER_KEY, description
 from fusedllm.weights.tables import open_layers, reader_of, table_at, with_layers
 
 DEFAULT_SCHEME = "int4-g64"
+# The formats of tables.
+ARROW, PARQUET = "arrow", "parquet"
 
 
 def quantize(
@@ -137,31 +140,45 @@ def quantize_file(
     scheme: str = DEFAULT_SCHEME,
     *,
     force: bool = False,
+    format: str | None = None,
     report: QuantizeReport | None = None,
     **options: Any,
 ) -> Path:
-    """As `quantize`, into an Arrow (`.arrow`) or Parquet (`.parquet`) file, with one layer of a checkpoint in memory.
+    """As `quantize`, into an Arrow or Parquet file, with one layer of a checkpoint in memory.
 
-    The file is whole or not there. `options` are those of `quantize`.
+    The file is whole or not there. `format` is `arrow` or `parquet`; by default a suffix `.parquet` asks for that and
+    any that is of no other format for Arrow. `options` are those of `quantize`.
 
     Raises:
       CheckpointError: the file exists and `force` is off, or can't be written; and what `quantize` raises.
+      QuantizationError: the format, or what the suffix asks for, is no table.
     """
     path = Path(destination).expanduser()
+    kind = table_format(path, format)
+    if kind is None:
+        raise QuantizationError(
+            f"{format or path} is no table, which is an .arrow or a .parquet file: `fusedllm quantize` and `fusedllm "
+            "convert` write the other formats."
+        )
     report = QuantizeReport() if report is None else report
     with write_atomically(path, force=force) as temporary:
-        if not isinstance(source, (Checkpoint, str, Path)):
+        if not isinstance(source, (Checkpoint, Mapping, str, Path)):
             source = reader_of(source)
         made = quantize(source, scheme, report=report, streaming=True, **options)
-        if path.suffix == ".parquet":
-            with pq.ParquetWriter(temporary, made.schema) as writer:
-                for batch in made:
-                    writer.write_batch(batch)
-        else:
-            with pa.ipc.new_file(str(temporary), made.schema) as writer:
-                for batch in made:
-                    writer.write_batch(batch)
+        new_file = pq.ParquetWriter if kind == PARQUET else pa.ipc.new_file
+        with new_file(str(temporary), made.schema) as writer:
+            for batch in made:
+                writer.write_batch(batch)
     return path
+
+
+def table_format(path: Path, format: str | None = None) -> str | None:
+    """`arrow` or `parquet`, by `format` or by the suffix of `path`; `None` for the other formats."""
+    if format is not None:
+        return format if format in (ARROW, PARQUET) else None
+    if path.suffix.lower() == f".{PARQUET}":
+        return PARQUET
+    return ARROW if format_of(path) in (None, ARROW) else None
 
 
 def dequantize(source: Any) -> pa.Table:
