@@ -146,19 +146,33 @@ def reader_of(source: Any) -> pa.RecordBatchReader:
     )
 
 
-def table_at(path: Path) -> pa.Table | None:
-    """The table in an Arrow file (mapped), an Arrow stream or a Parquet file; `None` for any other file."""
+def says_model(source: str | Path) -> bool:
+    """Whether what has a name or lies at a path says which model it is of; no weights are read."""
+    path = Path(source).expanduser()
+    table = table_at(path, with_rows=False) if path.is_file() else None
+    return table is None or CONFIG_KEY in (table.schema.metadata or {})
+
+
+def table_at(path: Path, with_rows: bool = True) -> pa.Table | None:
+    """The table in an Arrow file (mapped), an Arrow stream or a Parquet file; `None` for any other file.
+
+    Without its rows only the schema is read.
+
+    Raises:
+      QuantizationError: the file can't be read.
+    """
     try:
         with path.open("rb") as beginning:
             head = beginning.read(8)
         if head.startswith(_PARQUET):
             # As one file: its directory's name is no column.
             with pq.ParquetFile(path) as file:
-                return _named(file.read())
-        if head.startswith(_ARROW_FILE):
-            return _named(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        if head.startswith(_ARROW_STREAM):
-            return _named(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+                return _named(file.read() if with_rows else file.schema_arrow.empty_table())
+        opened = {_ARROW_FILE: pa.ipc.open_file, _ARROW_STREAM: pa.ipc.open_stream}
+        for start, open_reader in opened.items():
+            if head.startswith(start):
+                reader = open_reader(pa.memory_map(str(path)))
+                return _named(reader.read_all() if with_rows else reader.schema.empty_table())
         return None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise QuantizationError(f"{path} can't be read: {' '.join(str(error).split())[:200].rstrip('.')}.") from error
