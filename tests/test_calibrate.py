@@ -156,7 +156,7 @@ def test_factors_are_folded_without_changing_what_a_layer_does(kv_heads, bias):
         }
         layer = layer.replace(**biases)
     x = jnp.asarray(rng.standard_normal((4, 32, 64)), jnp.float32)
-    statistics = runs._sums(0, layer, np.asarray(x))
+    statistics = runs.site_statistics(0, layer, np.asarray(x))
     schemes = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), SCHEME)
     folded, after = fold_factors(config, layer, statistics, schemes, np.dtype(np.float16))
     before = layer_output(config, layer, x, window=None)
@@ -166,7 +166,7 @@ def test_factors_are_folded_without_changing_what_a_layer_does(kv_heads, bias):
         name for name in ("q", "gate", "down", "o") if not np.array_equal(getattr(layer, name), getattr(folded, name))
     ]
     assert changed == (["q", "gate", "down", "o"] if kv_heads == 4 else ["q", "gate", "down"])
-    seen = runs._sums(0, folded, np.asarray(x))
+    seen = runs.site_statistics(0, folded, np.asarray(x))
     for site in ("qkv", "gate_up", "down"):
         assert isinstance(after[site], Statistics)
         np.testing.assert_allclose(seen[site].mean_square, after[site].mean_square, rtol=1e-3)
