@@ -35,12 +35,15 @@ from fusedllm.quant.schemes import scheme_named
 from fusedllm.quant.table import table_schema
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
+from fusedllm.weights.convert import format_of
 from fusedllm.weights.files import write_atomically
 from fusedllm.weights.open import open_checkpoint
-from fusedllm.weights.quantized import description
+from fusedllm.weights.quantized import CONFIG_KEY, TOKENIZER_KEY, description
 from fusedllm.weights.tables import open_layers, reader_of, table_at, with_layers
 
 DEFAULT_SCHEME = "int4-g64"
+# The formats of tables.
+ARROW, PARQUET = "arrow", "parquet"
 
 
 def quantize(
@@ -73,7 +76,8 @@ def quantize(
       calibration: the path of a text, a list of texts, or token ids, on which activations are measured; by default,
         where the method needs them, the topics of `pydoc`. With a text `clip` and `hqq` weight errors by it too.
       model: whose weights they are: a name or path that says the configuration and the tokenizer, so that the model
-        can be calibrated, and `fusedllm.load` can run the result. A checkpoint says it itself.
+        can be calibrated, and `fusedllm.load` can run the result. A checkpoint says it itself, and so does a table
+        whose metadata have `fusedllm.config`.
       target_bpw: choose a scheme for each tensor that no rule names, by how much it matters to the model, so that all
         tensors together have so many bits per weight at most; instead of `scheme`. Needs the model and calibration.
       scale_dtype: `float16` or `float32`, of scales and zero points.
@@ -99,7 +103,7 @@ def quantize(
     metadata = table_metadata(plan, scheme, carried)
     schema = table_schema(plan.scale_dtype, metadata)
     if how.needs_calibration or calibration is not None or target_bpw is not None:
-        checkpoint = opened.checkpoint or with_layers(whose, opened.batches)
+        checkpoint = opened.checkpoint or with_layers(whose, opened)
         run = Run(
             checkpoint,
             calibration_tokens(calibration, checkpoint.tokenizer),
@@ -136,48 +140,66 @@ def quantize_file(
     scheme: str = DEFAULT_SCHEME,
     *,
     force: bool = False,
+    format: str | None = None,
     report: QuantizeReport | None = None,
     **options: Any,
 ) -> Path:
-    """As `quantize`, into an Arrow (`.arrow`) or Parquet (`.parquet`) file, with one layer of a checkpoint in memory.
+    """As `quantize`, into an Arrow or Parquet file, with one layer of a checkpoint in memory.
 
-    The file is whole or not there. `options` are those of `quantize`.
+    The file is whole or not there. `format` is `arrow` or `parquet`; by default a suffix `.parquet` asks for that and
+    any that is of no other format for Arrow. `options` are those of `quantize`.
 
     Raises:
       CheckpointError: the file exists and `force` is off, or can't be written; and what `quantize` raises.
+      QuantizationError: the format, or what the suffix asks for, is no table.
     """
     path = Path(destination).expanduser()
+    kind = table_format(path, format)
+    if kind is None:
+        raise QuantizationError(
+            f"{format or path} is no table, which is an .arrow or a .parquet file: `fusedllm quantize` and `fusedllm "
+            "convert` write the other formats."
+        )
     report = QuantizeReport() if report is None else report
     with write_atomically(path, force=force) as temporary:
-        if not isinstance(source, (Checkpoint, str, Path)):
+        if not isinstance(source, (Checkpoint, Mapping, str, Path)):
             source = reader_of(source)
         made = quantize(source, scheme, report=report, streaming=True, **options)
-        if path.suffix == ".parquet":
-            with pq.ParquetWriter(temporary, made.schema) as writer:
-                for batch in made:
-                    writer.write_batch(batch)
-        else:
-            with pa.ipc.new_file(str(temporary), made.schema) as writer:
-                for batch in made:
-                    writer.write_batch(batch)
+        new_file = pq.ParquetWriter if kind == PARQUET else pa.ipc.new_file
+        with new_file(str(temporary), made.schema) as writer:
+            for batch in made:
+                writer.write_batch(batch)
     return path
+
+
+def table_format(path: Path, format: str | None = None) -> str | None:
+    """`arrow` or `parquet`, by `format` or by the suffix of `path`; `None` for the other formats."""
+    if format is not None:
+        return format if format in (ARROW, PARQUET) else None
+    if path.suffix.lower() == f".{PARQUET}":
+        return PARQUET
+    return ARROW if format_of(path) in (None, ARROW) else None
 
 
 def dequantize(source: Any) -> pa.Table:
     """The float32 weights of a quantized table: `layer_name`, `weights: large_list<float32>`, `shape`.
 
-    `source` is a table, a reader, whatever speaks the Arrow PyCapsule stream protocol, or the path of an Arrow or
-    Parquet file.
+    What the table says of its model goes along. `source` is a table, a reader, whatever speaks the Arrow PyCapsule
+    stream protocol, or the path of an Arrow or Parquet file.
 
     Raises:
-      QuantizationError: it is no quantized table, or contradicts itself; the message names the layer.
+      QuantizationError: it is no quantized table, holds a name twice, or contradicts itself; the message names the
+        layer.
     """
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         source = table_at(path)
         if source is None:
             raise QuantizationError(f"{path} is neither an Arrow nor a Parquet file, so it holds no quantized table.")
-    return dequantize_table(reader_of(source))
+    reader = reader_of(source)
+    found = reader.schema.metadata or {}
+    carried = {key: found[key] for key in (CONFIG_KEY, TOKENIZER_KEY) if key in found}
+    return dequantize_table(reader).replace_schema_metadata(carried)
 
 
 def _plan(scheme: str, method: Method, rules: Mapping[str, str] | None, scale_dtype: str) -> Plan:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from test_calibrate import CONFIG, TOKENS, divergence, logits
 
 import fusedllm
+from fusedllm.calibrate import sensitivity
 from fusedllm.calibrate.run import Run
-from fusedllm.calibrate.sensitivity import _Measured, choose_schemes
+from fusedllm.calibrate.sensitivity import choose_schemes, expected_losses
 from fusedllm.errors import QuantizationError
+from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.quantize import quantize as quantize_kernel
 from fusedllm.quant.allocate import Choice, allocate
 from fusedllm.quant.methods import method_named
 from fusedllm.quant.schemes import SCHEMES
@@ -61,9 +65,9 @@ def checkpoint() -> Checkpoint:
     return random_checkpoint(CONFIG, "float32")
 
 
-def measured(checkpoint: Checkpoint, method: str) -> _Measured:
-    scheme = SCHEMES["int4-g32"]
-    return _Measured(Run(checkpoint, TOKENS, lambda name, shape: scheme, method_named(method)))
+def expected(checkpoint: Checkpoint, names: list[str], schemes: list[GroupedScheme]) -> dict[str, list[float]]:
+    run = Run(checkpoint, TOKENS, lambda name, shape: schemes[0], method_named("rtn"))
+    return expected_losses(run, names, schemes)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +86,40 @@ def test_the_expected_loss_is_the_divergence_that_is_found(checkpoint, name):
     values = {one: np.asarray(tensor.read()) for one, tensor in checkpoint.tensors.items()}
     exact = logits(checkpoint, values)
     scheme = SCHEMES["int4-g32"]
-    expected = measured(checkpoint, "rtn").loss(name, jnp.asarray(values[name]), scheme)
+    ((loss,),) = expected(checkpoint, [name], [scheme]).values()
     rounded = np.asarray(fusedllm.quantize_array(values[name], scheme).dequantize())
     found = divergence(exact, logits(checkpoint, {**values, name: rounded}))
-    assert found / 2.5 < expected < found * 2.5
+    assert found / 2.5 < loss < found * 2.5
+
+
+def test_a_matrix_that_is_embedding_and_head_loses_in_both_places(checkpoint):
+    tied = random_checkpoint(dataclasses.replace(CONFIG, tie_embeddings=True), "float32")
+    shared = tied.tensors["model.embed_tokens.weight"]
+    apart = dataclasses.replace(
+        checkpoint, tensors={**tied.tensors, "lm_head.weight": dataclasses.replace(shared, name="lm_head.weight")}
+    )
+    schemes = [SCHEMES["int3-g64"], SCHEMES["int8-g128"]]
+    (both,) = expected(tied, ["model.embed_tokens.weight"], schemes).values()
+    parts = expected(apart, ["model.embed_tokens.weight", "lm_head.weight"], schemes)
+    # Sums of two float32, in two orders.
+    np.testing.assert_allclose(both, np.sum(list(parts.values()), axis=0), rtol=1e-6)
+    assert all(loss > 0 for losses in parts.values() for loss in losses)
+
+
+def test_second_moments_of_one_layer_are_in_memory_at_a_time(monkeypatch):
+    deep = random_checkpoint(dataclasses.replace(CONFIG, num_layers=5, sliding_windows=()), "float32")
+    width = CONFIG.intermediate_size
+    alive = []
+
+    def counted(*arguments, **options):
+        alive.append(sum(array.shape == (width, width) for array in jax.live_arrays()))
+        return quantize_kernel(*arguments, **options)
+
+    monkeypatch.setattr(sensitivity, "quantize", counted)
+    losses = expected(deep, [name for name in deep.tensors if "_proj" in name], [SCHEMES["int4-g32"]])
+    assert len(losses) == len(alive) == 5 * 7
+    # Of the one matrix of a layer that has inputs of this width.
+    assert max(alive) == 1
 
 
 def test_a_target_is_kept_and_more_bits_are_better(checkpoint):
@@ -119,5 +153,7 @@ def test_a_target_that_nothing_meets_is_refused(checkpoint):
     run = Run(checkpoint, TOKENS, lambda name, shape: SCHEMES["int4-g32"], method_named("rtn"))
     with pytest.raises(QuantizationError, match="from 0 to 32, got -1"):
         choose_schemes(run, -1)
+    with pytest.raises(QuantizationError, match="from 0 to 32, got '4'"):
+        choose_schemes(run, "4")
     with pytest.raises(QuantizationError, match="allow more bits per weight"):
         fusedllm.quantize(checkpoint, target_bpw=2.0, calibration=TOKENS)

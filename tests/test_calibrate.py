@@ -17,7 +17,7 @@ from fusedllm.calibrate.layers import layer_output
 from fusedllm.calibrate.run import Run
 from fusedllm.calibrate.text import HELD_BACK, calibration_tokens
 from fusedllm.config import ModelConfig
-from fusedllm.errors import QuantizationError
+from fusedllm.errors import CheckpointError, QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.model.params import describe
 from fusedllm.quant.methods import method_named
@@ -156,7 +156,7 @@ def test_factors_are_folded_without_changing_what_a_layer_does(kv_heads, bias):
         }
         layer = layer.replace(**biases)
     x = jnp.asarray(rng.standard_normal((4, 32, 64)), jnp.float32)
-    statistics = runs._sums(0, layer, np.asarray(x))
+    statistics = runs.site_statistics(0, layer, np.asarray(x))
     schemes = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), SCHEME)
     folded, after = fold_factors(config, layer, statistics, schemes, np.dtype(np.float16))
     before = layer_output(config, layer, x, window=None)
@@ -166,7 +166,7 @@ def test_factors_are_folded_without_changing_what_a_layer_does(kv_heads, bias):
         name for name in ("q", "gate", "down", "o") if not np.array_equal(getattr(layer, name), getattr(folded, name))
     ]
     assert changed == (["q", "gate", "down", "o"] if kv_heads == 4 else ["q", "gate", "down"])
-    seen = runs._sums(0, folded, np.asarray(x))
+    seen = runs.site_statistics(0, folded, np.asarray(x))
     for site in ("qkv", "gate_up", "down"):
         assert isinstance(after[site], Statistics)
         np.testing.assert_allclose(seen[site].mean_square, after[site].mean_square, rtol=1e-3)
@@ -288,6 +288,7 @@ def test_what_perplexity_is_measured_on_is_held_back():
     [
         ("/nowhere/text.txt", r"the calibration text /nowhere/text.txt can't be read: No such file"),
         ([1, 2], "must be a path, a list of texts"),
+        (5, "must be a path, a list of texts"),
         (np.zeros((2, 2)), "must be integers"),
         (np.arange(5), "has 5 tokens; at least one window of 512"),
         (np.array([[3, -1]]), "from 0 to 2147483647, got -1 to 3"),
@@ -317,3 +318,14 @@ def test_a_table_is_calibrated_with_the_model_that_it_is_of(tmp_path):
     np.testing.assert_allclose(llm.logits(TOKENS[0].tolist()), logits(checkpoint, values)[0], atol=1e-4)
     with pytest.raises(QuantizationError, match="say whose weights these are"):
         fusedllm.quantize(weights, method="gptq", calibration=TOKENS)
+
+
+def test_a_table_that_describes_its_model_is_calibrated_without_a_name():
+    checkpoint = random_checkpoint(CONFIG, "float32")
+    expected = fusedllm.quantize(checkpoint, "int4-g32", method="gptq", calibration=TOKENS)
+    weights = fusedllm.dequantize(fusedllm.quantize(checkpoint, rules={".": "keep"}))
+    made = fusedllm.quantize(weights, "int4-g32", method="gptq", calibration=TOKENS)
+    assert made.equals(expected)
+    broken = weights.replace_schema_metadata({b"fusedllm.config": b"nonsense"})
+    with pytest.raises(CheckpointError, match="the metadata of the table hold no text that describes a model"):
+        fusedllm.quantize(broken, method="gptq", calibration=TOKENS)

@@ -52,6 +52,12 @@ def test_what_is_beyond_the_float16_of_a_block_is_refused_by_its_tensor(scheme, 
     assert [path.name for path in tmp_path.iterdir()] == ["m.arrow"]
 
 
+def test_a_scale_that_float16_would_make_zero_is_refused():
+    array = fusedllm.quantize_array(np.full((2, 64), 1e-9, np.float32), "int8-g32", scale_dtype="float32")
+    with pytest.raises(QuantizationError, match=r"Q8_0 has scales of float16, and 7\.87e-12 would become zero"):
+        blocks_of(array, "Q8_0")
+
+
 def test_other_codes_have_no_blocks():
     assert block_name(SCHEMES["fp8"], 96) is None
     assert block_name(SCHEMES["int4-g64"], 100) is None

@@ -145,6 +145,16 @@ def test_pallas_quantizes_to_the_same_bits_as_xla(scheme):
         check_quantize(scheme, ALL.index(scheme))
 
 
+@pytest.mark.parametrize("name", ["int4-g64", "int8", "fp8"])
+@pytest.mark.parametrize("scale_dtype", [jnp.float16, jnp.float32])
+def test_pallas_quantizes_tiny_weights_to_the_same_bits_as_xla(name, scale_dtype):
+    weights = jnp.ldexp(matrix((40, 96), "float32", 4), -jnp.arange(10, 130, 3)[:, None])
+    with interpreting():
+        found = quantize(weights, SCHEMES[name], scale_dtype=scale_dtype, implementation="pallas")
+    assert_same_bits(found, quantize(weights, SCHEMES[name], scale_dtype=scale_dtype, implementation="xla"))
+    assert (np.asarray(found.scales)[17] > 0).all(), "weights of 2 ** -61"
+
+
 @pytest.mark.parametrize("scheme", ALL + OTHERS, ids=names(ALL + OTHERS))
 def test_pallas_dequantizes_to_the_same_bits_as_xla(scheme):
     with interpreting():

@@ -100,6 +100,37 @@ def test_float32_scales_are_exact():
     np.testing.assert_allclose(dequantize(array), weights, rtol=1e-7)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+def test_float32_scales_hold_weights_that_float16_has_no_scale_for(scheme):
+    weights = np.random.default_rng(5).standard_normal((4, 128)).astype(np.float32)
+    units = np.exp2([[-30.0], [-60.0], [-88.0], [100.0]])
+    tiny = (weights * units).astype(np.float32)
+    decoded = np.asarray(dequantize(quantize(jnp.asarray(tiny), scheme, scale_dtype=jnp.float32)), np.float64)
+    # Powers of two change the exponents of all numbers on the way, and no other bit.
+    expected = np.asarray(dequantize(quantize(jnp.asarray(weights), scheme, scale_dtype=jnp.float32)), np.float64)
+    np.testing.assert_array_equal(decoded / units, expected)
+
+
+def tiny_matrix() -> np.ndarray:
+    """Rows around every bound of scales: of float16, of float32, and the denormal numbers."""
+    exponents = np.concatenate([np.arange(-149, -85), np.arange(-40, -14)])
+    return np.ldexp(np.random.default_rng(6).uniform(-2, 2, (len(exponents), 96)), exponents[:, None]).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", INTEGER, ids=lambda scheme: scheme.name)
+def test_tiny_weights_become_the_same_bits_in_the_native_quantizer(isa, scheme, scale_dtype):
+    weights = jnp.asarray(tiny_matrix())
+    expected = quantize(weights, scheme, scale_dtype=scale_dtype, implementation="xla")
+    with native.using_isa(isa):
+        assert_same(quantize(weights, scheme, scale_dtype=scale_dtype, implementation="ffi"), expected)
+    assert (np.asarray(expected.scales)[:20] == 0).all()
+    assert (np.asarray(expected.scales)[-20:] > 0).all()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scheme", INTEGER, ids=lambda scheme: scheme.name)
 def test_the_native_quantizer_makes_the_same_bits(isa, scheme):

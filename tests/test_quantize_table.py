@@ -349,6 +349,21 @@ def test_squares_that_overflow_are_no_reason_to_refuse():
     assert fusedllm.quantize_report(table)["huge"].relative_error < 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-20, 1e-27])
+def test_float32_scales_keep_weights_that_are_tiny(size):
+    weights = WEIGHTS["q_proj"] * np.float32(size)
+    table = fusedllm.quantize(table_of({"tiny": weights}), "int8-g32", scale_dtype="float32")
+    np.testing.assert_allclose(read(table)["tiny"], weights, atol=4.5 * size / 254)
+    # Half a step is up to 4 / 254 of the deviation.
+    assert 0 < fusedllm.quantize_report(table)["tiny"].relative_error < 0.016
+
+
+def test_weights_that_no_scale_holds_are_reported_as_lost():
+    table = fusedllm.quantize(table_of({"lost": WEIGHTS["q_proj"] * np.float32(1e-33)}), "int8-g32")
+    assert (read(table)["lost"] == 0).all()
+    assert fusedllm.quantize_report(table)["lost"].relative_error == 1
+
+
 def test_a_scale_beyond_float16_is_refused_with_the_way_out():
     with pytest.raises(QuantizationError, match=r"layer 'a' .* ask for scale_dtype='float32'"):
         fusedllm.quantize(table_of({"a": np.full((2, 64), 1e7, np.float32)}), "int4-g64")
@@ -416,6 +431,23 @@ def test_unknown_words_are_refused_with_the_known_ones():
         fusedllm.quantize_report(table)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "sentence"),
+    [
+        ("method", 5, "a method is a name such as 'clip.gptq', got 5"),
+        ("method", None, "got None"),
+        ("rules", ["embed=int8"], r"rules are a mapping .* got \['embed=int8'\]"),
+        ("rules", {3: "int8"}, "rules are a mapping from regular expressions"),
+        ("rules", {"a": 8}, "there is no scheme 8"),
+        ("scheme", ["int8"], r"there is no scheme \['int8'\]"),
+        ("scale_dtype", [16], r"scale_dtype must be float16 or float32, got \[16\]"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_a_sentence(argument, value, sentence):
+    with pytest.raises(QuantizationError, match=sentence):
+        fusedllm.quantize(table_of(WEIGHTS), **{argument: value})
+
+
 def test_a_layer_of_too_many_weights_is_refused_before_it_is_touched():
     # The offsets of a list say how long it is; nothing of it is there.
     count = MOST_ELEMENTS + 1
@@ -439,6 +471,12 @@ def test_a_cut_off_file_is_refused(tmp_path: Path):
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(QuantizationError, match="can't be read"):
             fusedllm.quantize(path)
+
+
+def test_a_name_that_occurs_twice_in_a_quantized_table_is_refused():
+    table = fusedllm.quantize(table_of(WEIGHTS))
+    with pytest.raises(QuantizationError, match="layer 'q_proj' occurs twice"):
+        fusedllm.dequantize(pa.concat_tables([table, table.slice(0, 1)]))
 
 
 def damaged() -> dict[str, tuple[pa.Table, str]]:

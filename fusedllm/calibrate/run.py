@@ -107,28 +107,31 @@ class Run:
             self.checkpoint.release()
         yield from self._head(description, hidden)
 
-    def statistics(self, states: list[np.ndarray] | None = None) -> Iterator[tuple[str, Statistics]]:
-        """The statistics of every matrix's inputs in the model as it is, by the matrix's name, layer by layer.
-
-        `states` grows by the hidden states, `[windows, window, hidden]`, that leave each layer.
-        """
+    def statistics(self) -> Iterator[tuple[str, Statistics]]:
+        """The statistics of every matrix's inputs in the model as it is, by the matrix's name, layer by layer."""
         config = self.checkpoint.config
         description: Any = describe(config)
-        hidden = self.read(description.embedding.name)[self.tokens]
+        states = self.states()
+        for index, hidden in enumerate(states[:-1]):
+            described = description.layers[index]
+            for site, found in self.site_statistics(index, self.float_layer(described), hidden).items():
+                for name in SITES[site]:
+                    yield getattr(described, name).name, found
+            self.checkpoint.release()
+        head = description.embedding if description.head is None else description.head
+        yield head.name, self.head_statistics(self.read(description.final_norm.name), states[-1])
+
+    def states(self) -> list[np.ndarray]:
+        """The hidden states of the model as it is, `[windows, window, hidden]`: what each layer takes, and the head."""
+        config = self.checkpoint.config
+        description: Any = describe(config)
+        states = [self.read(description.embedding.name)[self.tokens]]
         for index in tqdm(
             range(config.num_layers), desc="measuring", unit="layer", disable=None if self.progress else True
         ):
-            described = description.layers[index]
-            layer = self.float_layer(described)
-            for site, found in self._sums(index, layer, hidden).items():
-                for name in SITES[site]:
-                    yield getattr(described, name).name, found
-            hidden = self._through(index, layer, hidden)
-            if states is not None:
-                states.append(hidden)
+            states.append(self._through(index, self.float_layer(description.layers[index]), states[-1]))
             self.checkpoint.release()
-        head = description.embedding if description.head is None else description.head
-        yield head.name, self._head_statistics(self.read(description.final_norm.name), hidden)
+        return states
 
     def _finished(self) -> Finished | None:
         if self.directory is None:
@@ -157,7 +160,7 @@ class Run:
 
     def _layer(self, index: int, described: Any, hidden: np.ndarray) -> list[Tensor]:
         layer = self.float_layer(described)
-        statistics = self._sums(index, layer, hidden)
+        statistics = self.site_statistics(index, layer, hidden)
         schemes = {
             name: self.scheme_of(getattr(described, name).name, getattr(described, name).shape)
             for names in SITES.values()
@@ -180,7 +183,7 @@ class Run:
 
     def _head(self, description: Any, hidden: np.ndarray) -> Iterator[Tensor]:
         norm = self.read(description.final_norm.name)
-        statistics = self._head_statistics(norm, hidden)
+        statistics = self.head_statistics(norm, hidden)
         yield Tensor(description.final_norm.name, norm, None)
         head = description.embedding if description.head is None else description.head
         yield self._tensor(head, Method(grid=self.method.grid, gptq=self.method.gptq), statistics)
@@ -193,14 +196,16 @@ class Run:
         array = quantize_matrix(jnp.asarray(weights), scheme, method, statistics, scale_dtype=self.scale_dtype)
         return Tensor(spec.name, weights, array)
 
-    def _sums(self, index: int, layer: LayerParams, hidden: np.ndarray) -> dict[str, Statistics]:
+    def site_statistics(self, index: int, layer: LayerParams, hidden: np.ndarray) -> dict[str, Statistics]:
+        """The statistics of what the sites of `layer`, the one at `index`, see of the states `hidden` that it takes."""
         sums: Sums = {site: empty_sums(getattr(layer, names[0]).shape[1]) for site, names in SITES.items()}
         window = self.checkpoint.config.sliding_windows[index]
         for part in self._parts(hidden):
             sums = layer_sums(self.checkpoint.config, layer, jnp.asarray(part), sums, window=window)
         return {site: statistics_of(one, self.tokens.size) for site, one in sums.items()}
 
-    def _head_statistics(self, norm: np.ndarray, hidden: np.ndarray) -> Statistics:
+    def head_statistics(self, norm: np.ndarray, hidden: np.ndarray) -> Statistics:
+        """The statistics of what the head sees of the states `hidden`, after the final `norm`."""
         sums = empty_sums(hidden.shape[-1])
         for part in self._parts(hidden):
             sums = head_sums(self.checkpoint.config, jnp.asarray(norm), jnp.asarray(part), sums)

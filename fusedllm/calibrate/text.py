@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,10 @@ def _texts(calibration: Any) -> Sequence[str]:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
             raise QuantizationError(f"the calibration text {calibration} can't be read: {reason}.") from error
-    if not all(isinstance(text, str) for text in calibration):
+    texts = list(calibration) if isinstance(calibration, Iterable) else [calibration]
+    if not all(isinstance(text, str) for text in texts):
         raise QuantizationError("calibration must be a path, a list of texts, or token ids.")
-    return list(calibration)
+    return texts
 
 
 def _cut(ids: np.ndarray, window: int, windows: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from fusedllm import __version__
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A terminal that can't show a character shows a question mark instead of ending the answer.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = _plainly
     try:
         options.run(options)
         sys.stdout.flush()
@@ -68,6 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or "the file can't be used").lower()
         )
         return _fail(f"{what}{place}.", 2, options)
+
+
+_with_place = warnings.formatwarning
+
+
+def _plainly(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings as a sentence, as errors are; others with the line of the program that gave them."""
+    if category.__module__.startswith("fusedllm."):
+        return f"fusedllm: {message}\n"
+    return _with_place(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str, code: int, options: argparse.Namespace) -> int:

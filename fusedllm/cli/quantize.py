@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fusedllm.errors import QuantizationError
 
@@ -48,17 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Quantizes, and prints one line of figures, or the whole report."""
     from fusedllm import QuantizeReport
-    from fusedllm.quantizing import quantize_file
-    from fusedllm.weights.convert import convert, writer_of
-    from fusedllm.weights.files import disk_errors, refuse_existing
-    from fusedllm.weights.open import open_checkpoint
+    from fusedllm.quantizing import quantize_file, table_format
 
-    rules = dict(_rule(text) for text in options.rule)
     report = QuantizeReport()
-    is_table = options.format == "arrow" or (options.format is None and options.destination.suffix in TABLES)
     keywords = {
         "method": options.method,
-        "rules": rules,
+        "rules": dict(_rule(text) for text in options.rule),
         "calibration": options.calibration,
         "resume": options.resume,
         "target_bpw": options.target_bpw,
@@ -67,26 +65,66 @@ def run(options: argparse.Namespace) -> None:
         "report": report,
         "progress": True,
     }
-    if is_table:
-        quantize_file(options.source, options.destination, options.scheme, force=options.force, **keywords)
+    # A suffix that names no format at all is refused with those that there are.
+    is_named = options.format is not None or options.destination.suffix.lower() in TABLES
+    if is_named and table_format(options.destination, options.format) is not None:
+        quantize_file(
+            options.source,
+            options.destination,
+            options.scheme,
+            force=options.force,
+            format=options.format,
+            **keywords,
+        )
     else:
-        # Before anything is quantized, so that a wrong target costs nothing.
-        writer_of(options.destination, options.format)
-        if (options.format or options.destination.suffix.removeprefix(".")) == "orbax":
-            raise QuantizationError(
-                f"{options.destination} would be an Orbax directory, which holds no codes: choose .arrow, .gguf or "
-                ".safetensors."
-            )
-        refuse_existing(options.destination, options.force)
-        parent = Path(os.path.abspath(options.destination)).parent
-        with disk_errors(options.destination):
-            parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as directory:
-            table = quantize_file(options.source, Path(directory) / "quantized.arrow", options.scheme, **keywords)
-            convert(
-                open_checkpoint(table), options.destination, format=options.format, force=options.force, progress=True
-            )
+        _convert(options, keywords)
     print(report if options.report else report.summary())
+
+
+def _convert(options: argparse.Namespace, keywords: Mapping[str, Any]) -> None:
+    """Quantizes into a table beside the destination, and converts that."""
+    from fusedllm.quantizing import quantize_file
+    from fusedllm.weights.convert import convert
+    from fusedllm.weights.files import disk_errors
+    from fusedllm.weights.gguf_grouped import check_blocks
+    from fusedllm.weights.open import open_checkpoint
+
+    format = _checked_format(options)
+    parent = Path(os.path.abspath(options.destination)).parent
+    with disk_errors(options.destination):
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
+        table = quantize_file(options.source, Path(directory) / "quantized.arrow", options.scheme, **keywords)
+        # Messages, and the name in a GGUF, are to be of what the user knows.
+        checkpoint = dataclasses.replace(open_checkpoint(table), path=Path(options.source))
+        if format == "gguf":
+            check_blocks(checkpoint, options.destination)
+        convert(checkpoint, options.destination, format=format, force=options.force, progress=True)
+
+
+def _checked_format(options: argparse.Namespace) -> str:
+    """The format of the destination; what can be refused is, before anything is quantized."""
+    from fusedllm.weights.convert import format_of, writer_of
+    from fusedllm.weights.files import refuse_existing
+    from fusedllm.weights.gguf_grouped import check_scheme
+    from fusedllm.weights.tables import says_model
+
+    writer_of(options.destination, options.format)
+    format = str(options.format or format_of(options.destination))
+    if format == "orbax":
+        raise QuantizationError(
+            f"{options.destination} would be an Orbax directory, which holds no codes: choose .arrow, .gguf or "
+            ".safetensors."
+        )
+    if format == "gguf" and not options.rule and options.target_bpw is None:
+        check_scheme(options.scheme, options.destination)
+    if options.model is None and not says_model(options.source):
+        raise QuantizationError(
+            f"{options.source} does not say which model its weights are of, and {options.destination} has to: say it "
+            "with --model."
+        )
+    refuse_existing(options.destination, options.force)
+    return format
 
 
 def _rule(text: str) -> tuple[str, str]:

@@ -21,8 +21,12 @@ from fusedllm.qarray import QuantArray
 # A token whose magnitudes are all smaller counts as zeros, so that no step on the way to its codes is denormal.
 SMALLEST_TOKEN = 2.0**-88
 
-# The least positive float16: no scale of a group that is not all zeros is smaller.
-SMALLEST_SCALE = 2.0**-24
+# A group whose scale would be smaller counts as zeros. It is so far above the least normal float32, 2 ** -126, that no
+# denormal weight, which some processors and XLA's threads take for zero, changes a bit of what is at least as large.
+SMALLEST_REACH = 2.0**-100
+
+# No other scale is smaller: of float16 it is the least positive number.
+SMALLEST_SCALE = {np.dtype(np.float16): 2.0**-24, np.dtype(np.float32): SMALLEST_REACH}
 
 
 def quantize(
@@ -112,12 +116,14 @@ def largest_code(scheme: GroupedScheme) -> float:
 def round_up(
     positive: jax.Array, dtype: np.dtype, keep: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
 ) -> jax.Array:
-    """The least number of `dtype`, float16 or float32, that is not below `positive`; at least 2 ** -24 unless zero.
+    """The least number of `dtype`, float16 or float32, that is not below `positive` nor below its `SMALLEST_SCALE`.
+
+    What is smaller than `SMALLEST_REACH` becomes zero.
 
     `keep` returns its argument, and keeps the compiler from seeing through: XLA's for GPUs takes what was rounded to
     float16 and widened again for the number itself.
     """
-    positive = jnp.where(positive > 0, jnp.maximum(positive, SMALLEST_SCALE), 0)
+    positive = jnp.where(positive >= SMALLEST_REACH, jnp.maximum(positive, SMALLEST_SCALE[np.dtype(dtype)]), 0)
     if dtype == np.float32:
         return positive
     nearest = keep(positive.astype(jnp.float16))

@@ -73,8 +73,10 @@ def plan_rules(rules: Mapping[str, str] | None) -> dict[str, GroupedScheme | Non
     """Rules as `Plan` takes them.
 
     Raises:
-      QuantizationError: a pattern that is no regular expression, or an unknown scheme.
+      QuantizationError: no mapping, a pattern that is no regular expression, or an unknown scheme.
     """
+    if not isinstance(rules, Mapping | None) or not all(isinstance(pattern, str) for pattern in rules or ()):
+        raise QuantizationError(f"rules are a mapping from regular expressions to schemes or 'keep', got {rules!r}.")
     found: dict[str, GroupedScheme | None] = {}
     for pattern, scheme in (rules or {}).items():
         try:

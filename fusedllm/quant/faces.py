@@ -109,14 +109,16 @@ def dequantize_table(batches: Iterable[pa.RecordBatch]) -> pa.Table:
     """The float32 weights of a quantized table: `layer_name`, `weights: large_list<float32>` and `shape`.
 
     Raises:
-      QuantizationError: it is no quantized table, or contradicts itself.
+      QuantizationError: it is no quantized table, holds a name twice, or contradicts itself.
     """
     schema = pa.schema(
         [("layer_name", pa.string()), ("weights", pa.large_list(pa.float32())), ("shape", pa.list_(pa.int64()))]
     )
     made = []
+    seen: set[str] = set()
     for batch in batches:
         found = list(rows(batch))
+        check_names([row.name for row in found], seen)
         ends = np.zeros(len(found) + 1, np.int64)
         np.cumsum([int(np.prod(row.shape)) for row in found], out=ends[1:])
         memory = pa.allocate_buffer(int(4 * ends[-1]))
@@ -175,6 +177,6 @@ def scale_dtype_named(name: str) -> np.dtype:
     Raises:
       QuantizationError: any other.
     """
-    if name not in SCALE_DTYPES:
+    if not isinstance(name, str) or name not in SCALE_DTYPES:
         raise QuantizationError(f"scale_dtype must be {' or '.join(SCALE_DTYPES)}, got {name!r}.")
     return SCALE_DTYPES[name]

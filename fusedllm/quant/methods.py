@@ -58,10 +58,12 @@ def method_named(name: str | Method) -> Method:
     First comes `awq`, then one of `rtn`, `clip` and `hqq`, then `gptq`; any may be left out: `clip+gptq`, `awq+hqq`.
 
     Raises:
-      QuantizationError: an unknown step, or steps that do not go together in this order.
+      QuantizationError: no name, an unknown step, or steps that do not go together in this order.
     """
     if isinstance(name, Method):
         return name
+    if not isinstance(name, str):
+        raise QuantizationError(f"a method is a name such as 'clip+gptq', got {name!r}.")
     steps = name.split("+")
     for step in steps:
         if step not in STEPS:

@@ -40,7 +40,7 @@ def scheme_named(name: str | GroupedScheme) -> GroupedScheme:
     """
     if isinstance(name, GroupedScheme):
         return name
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise QuantizationError(f"there is no scheme {name!r}; known are: {', '.join(SCHEMES)}.")
     return SCHEMES[name]
 

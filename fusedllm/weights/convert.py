@@ -112,13 +112,18 @@ def _shown(checkpoint: Checkpoint, title: str, progress: bool) -> Iterator[Check
         yield dataclasses.replace(checkpoint, tensors={name: one(t) for name, t in checkpoint.tensors.items()})
 
 
+def format_of(target: Path) -> str | None:
+    """The format that the suffix of `target` asks for, in letters of either case; `None` where it asks for none."""
+    return next((name for name, suffixes in SUFFIXES.items() if target.suffix.lower() in suffixes), None)
+
+
 def writer_of(target: Path, format: str | None) -> Callable[[Checkpoint, Path], None]:
     """What writes `format`, or what the suffix of `target` asks for.
 
     Raises:
       CheckpointError: nobody does.
     """
-    name = format or next((name for name, suffixes in SUFFIXES.items() if target.suffix in suffixes), None)
+    name = format or format_of(target)
     if name not in SUFFIXES:
         asked = f"the format {format!r} is unknown" if format else f"the suffix of {target} names no format"
         raise CheckpointError(f"{asked}; say --format {' or '.join(SUFFIXES)}.")

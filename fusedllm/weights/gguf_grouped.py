@@ -7,6 +7,9 @@ are float16. Q4_1, for codes with zero points, stores `-scale * zero_point`, whi
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,9 +18,62 @@ from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme, unpack
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import SCHEMES
-from fusedllm.weights.checkpoint import LazyTensor
+from fusedllm.quant.schemes import scheme_named
+from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 
 BLOCK = 32
+
+# What is not larger is rounded to zero in float16.
+VANISHING = 2.0**-25
+
+
+class DequantizedWarning(UserWarning):
+    """Codes that a GGUF has no blocks for were written as floats."""
+
+
+def check_blocks(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuses a quantized `checkpoint` of which nothing would stay quantized in the GGUF `path`.
+
+    Raises:
+      QuantizationError: there are codes, and no blocks for any of them.
+    """
+    coded = [tensor for tensor in checkpoint.tensors.values() if tensor.quantization is not None]
+    if coded and all(as_blocks(tensor).quantization not in SCHEMES for tensor in coded):
+        raise QuantizationError(_nothing(path, f"{coded[0].name} ({said(coded[0])})"))
+
+
+def check_scheme(name: str, path: Path) -> None:
+    """As `check_blocks`, for all tensors in the scheme of that name, before there are any.
+
+    Raises:
+      QuantizationError: there is no such scheme, or no blocks for it.
+    """
+    # A width that every group divides.
+    if block_name(scheme_named(name), 2**20) is None:
+        raise QuantizationError(_nothing(path, name))
+
+
+def warn_of_floats(tensors: Sequence[LazyTensor], total: int) -> None:
+    """Warns of the `tensors`, of `total` quantized ones, whose codes are not kept."""
+    if tensors:
+        warnings.warn(
+            f"{len(tensors)} of {total} quantized tensors are written as floats, as a GGUF has no blocks for their "
+            f"codes; the first is {tensors[0].name} ({said(tensors[0])}).",
+            DequantizedWarning,
+            stacklevel=3,
+        )
+
+
+def said(tensor: LazyTensor) -> str:
+    """Scheme and shape of a tensor."""
+    return f"{tensor.quantization}, {' x '.join(map(str, tensor.shape))}"
+
+
+def _nothing(path: Path, what: str) -> str:
+    return (
+        f"{path} would hold floats alone, as a GGUF has no blocks for {what}: choose a scheme of 3, 4 or 8 bits for "
+        "rows that are multiples of 32, or another format."
+    )
 
 
 def as_blocks(tensor: LazyTensor) -> LazyTensor:
@@ -53,7 +109,7 @@ def blocks_of(array: QuantArray, name: str) -> np.ndarray:
     """The blocks of `array`, uint8 `[rows, bytes of a row]`, in the type `name` of `block_name`.
 
     Raises:
-      QuantizationError: a scale or a minimum is beyond float16.
+      QuantizationError: a scale or a minimum is beyond float16, or a scale too small for it.
     """
     scheme = cast("GroupedScheme", array.scheme)
     rows, width = array.shape
@@ -65,6 +121,11 @@ def blocks_of(array: QuantArray, name: str) -> np.ndarray:
         return np.repeat(np.asarray(numbers, np.float32), repeats, axis=1)[:, :count, None]
 
     scales = of_blocks(array.scales)
+    least = np.abs(scales[scales != 0]).min(initial=np.inf)
+    if least <= VANISHING:
+        raise QuantizationError(
+            f"{name} has scales of float16, and {least:.3g} would become zero: convert with --dtype float32."
+        )
     parts = [_halves(scales, name)]
     if name == "Q8_0":
         return np.concatenate([*parts, codes.view(np.uint8)], axis=2).reshape(rows, -1)

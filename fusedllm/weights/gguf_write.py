@@ -20,7 +20,7 @@ from fusedllm.errors import CheckpointError, QuantizationError
 from fusedllm.quant.blocks import SCHEMES
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.gguf_config import ARCHITECTURES
-from fusedllm.weights.gguf_grouped import as_blocks
+from fusedllm.weights.gguf_grouped import as_blocks, warn_of_floats
 from fusedllm.weights.gguf_header import read_header
 from fusedllm.weights.gguf_metadata import architecture_of, metadata_of, rope_factors
 from fusedllm.weights.gguf_names import ROPE_FREQS, gguf_name, permute, permuted_heads
@@ -73,6 +73,8 @@ def write(
         default each keeps its own. Vectors are always F32, as llama.cpp wants them.
       importance: by a matrix's name, how much an error in each of its columns costs; see `encode`.
 
+    Codes that are no blocks of GGUF are written as floats, of which a `DequantizedWarning` says how many.
+
     Raises:
       CheckpointError: the tensors are not those of the configuration, or one does not read as it was announced.
       ConfigError, TokenizerError: the configuration or the tokenizer can't be expressed as GGUF.
@@ -92,6 +94,9 @@ def write(
         tensor, theirs = as_blocks(checkpoint.tensors[name]), gguf_name(name)
         heads = permuted_heads(theirs, config) if permuted else None
         plans.append(_Plan(tensor, theirs, _type_name(tensor, type_of), heads))
+    if type_of is None:
+        coded = [plan for plan in plans if plan.tensor.quantization is not None]
+        warn_of_floats([plan.tensor for plan in coded if plan.type_name in FLOATS], len(coded))
     metadata = metadata_of(config, checkpoint.tokenizer, {plan.name: plan.tensor.shape for plan in plans})
     metadata |= _general(checkpoint, plans)
     factors = rope_factors(config)

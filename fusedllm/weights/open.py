@@ -27,6 +27,7 @@ FORMATS = (
     Format("orbax", lambda path, head: (path / "_CHECKPOINT_METADATA").is_file() or (path / "params").is_dir()),
     Format("gguf", lambda path, head: head.startswith(b"GGUF")),
     Format("arrow", lambda path, head: head.startswith(b"ARROW1")),
+    Format("parquet", lambda path, head: head.startswith(b"PAR1")),
     # The first eight bytes are the length of a JSON object.
     Format("safetensors", lambda path, head: path.suffix == ".safetensors" or head[8:9] == b"{"),
 )
@@ -62,8 +63,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
     raise CheckpointError(
-        f"{path} is not a checkpoint: it is {_describe(head)}. Known are GGUF, Arrow and .safetensors files, and "
-        "HF and Orbax directories."
+        f"{path} is not a checkpoint: it is {_describe(head)}. Known are GGUF, Arrow, Parquet and .safetensors files, "
+        "and HF and Orbax directories."
     )
 
 
@@ -74,14 +75,14 @@ def _first_bytes(path: Path) -> bytes:
 
 def _only_file(directory: Path) -> Path:
     names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
-    files = [name for name in names if Path(name).suffix in (".gguf", ".arrow")]
+    files = [name for name in names if Path(name).suffix in (".gguf", ".arrow", ".parquet")]
     if len(files) == 1:
         return directory / files[0]
     listed = ", ".join(names[:_LONGEST_LIST]) + (", ..." if len(names) > _LONGEST_LIST else "")
     found = f"it holds {listed}" if names else "it is empty"
     raise CheckpointError(
         f"{directory} is not a checkpoint directory: {found}. A HF directory has config.json, an Orbax directory "
-        "_CHECKPOINT_METADATA; of .gguf and .arrow files there may be one."
+        "_CHECKPOINT_METADATA; of .gguf, .arrow and .parquet files there may be one."
     )
 
 

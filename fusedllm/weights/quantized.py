@@ -1,7 +1,8 @@
-"""Quantized tables as checkpoints: what `fusedllm.quantize` made, in memory or in an Arrow file."""
+"""Quantized tables as checkpoints: what `fusedllm.quantize` made, in memory or in a file."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,10 @@ from fusedllm.quant.table import Row, is_quantized, rows
 from fusedllm.text.data import TokenizerData
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 
+# What `Checkpoint.format` says of all of them, whatever file they are in.
+FORMAT = "quantized"
+# The path of what has none, as messages say it.
+IN_MEMORY = Path("the table")
 CONFIG_KEY, TOKENIZER_KEY = b"fusedllm.config", b"fusedllm.tokenizer"
 
 
@@ -29,45 +34,71 @@ def description(checkpoint: Checkpoint) -> dict[bytes, bytes]:
     return found
 
 
-def of_table(table: pa.Table) -> Checkpoint:
+def model_in(metadata: Mapping[bytes, bytes], path: Path) -> Checkpoint | None:
+    """The model that the metadata of the table at `path` describe, without tensors; `None` where they do not.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: what they say can't be understood.
+    """
+    if CONFIG_KEY not in metadata:
+        return None
+    tokenizer = metadata.get(TOKENIZER_KEY)
+    try:
+        config, text = json.loads(metadata[CONFIG_KEY]), None if tokenizer is None else tokenizer.decode()
+    except ValueError as error:
+        raise CheckpointError(f"the metadata of {path} hold no text that describes a model: {error}.") from error
+    return Checkpoint(
+        config=ModelConfig.from_dict(config),
+        tensors={},
+        tokenizer=None if text is None else TokenizerData.from_json(text),
+        format=FORMAT,
+        path=path,
+    )
+
+
+def check_schema(schema: pa.Schema, path: Path) -> None:
+    """Refuses the schema of a table that is no checkpoint.
+
+    Raises:
+      CheckpointError: the table is not quantized, or says nothing of its model.
+    """
+    if not is_quantized(schema):
+        raise CheckpointError(
+            f"{path} is not quantized and can't be run; fusedllm.quantize makes a table that can (with `model=`)."
+        )
+    if CONFIG_KEY not in (schema.metadata or {}):
+        raise CheckpointError(
+            f"{path} does not say which model it is of; quantize the weights with `model=`, or from a checkpoint."
+        )
+
+
+def of_table(table: pa.Table, path: Path = IN_MEMORY) -> Checkpoint:
     """A quantized table as a checkpoint; its tensors are views of the table's memory.
 
     Raises:
       CheckpointError: the table is not quantized, or says nothing of its model.
       QuantizationError: a row contradicts itself.
     """
-    if not is_quantized(table.schema):
-        raise CheckpointError(
-            "this table is not quantized and can't be run; fusedllm.quantize makes one that can (with `model=`)."
-        )
-    return _checkpoint(table.schema.metadata or {}, table.to_batches(), Path("table"))
+    return _checkpoint(table.schema, table.to_batches(), path)
 
 
 def of_batches(reader: pa.RecordBatchFileReader, path: Path) -> Checkpoint:
     """The quantized table in an Arrow file as a checkpoint; raises as `of_table`."""
     batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-    return _checkpoint(reader.schema.metadata or {}, batches, path)
+    return _checkpoint(reader.schema, batches, path)
 
 
-def _checkpoint(metadata: Mapping[bytes, bytes], batches: Iterable[pa.RecordBatch], path: Path) -> Checkpoint:
-    if CONFIG_KEY not in metadata:
-        raise CheckpointError(
-            f"the quantized {path} does not say which model it is of; quantize it with `model=`, or from a checkpoint."
-        )
+def _checkpoint(schema: pa.Schema, batches: Iterable[pa.RecordBatch], path: Path) -> Checkpoint:
+    check_schema(schema, path)
+    model = model_in(schema.metadata, path)
+    assert model is not None
     tensors: dict[str, LazyTensor] = {}
     for batch in batches:
         for row in rows(batch):
             if row.name in tensors:
-                raise CheckpointError(f"the quantized {path} holds {row.name!r} twice.")
+                raise CheckpointError(f"{path} holds {row.name!r} twice.")
             tensors[row.name] = _tensor(row)
-    tokenizer = metadata.get(TOKENIZER_KEY)
-    return Checkpoint(
-        config=ModelConfig.from_dict(json.loads(metadata[CONFIG_KEY])),
-        tensors=tensors,
-        tokenizer=None if tokenizer is None else TokenizerData.from_json(tokenizer.decode()),
-        format="quantized",
-        path=path,
-    )
+    return dataclasses.replace(model, tensors=tensors)
 
 
 def _tensor(row: Row) -> LazyTensor:

@@ -17,6 +17,8 @@ from fusedllm.weights.registry_models import MODELS, Model
 # The one that needs neither an account nor the Hub.
 EASIEST = "smollm2-135m"
 _HUB_NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# What ends like this is no misspelled name.
+_SUFFIXES = (".gguf", ".arrow", ".parquet", ".safetensors", ".orbax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,11 @@ def _ways_on(name: str, reasons: list[str]) -> str:
 
 
 def _unknown(text: str) -> SourceError:
-    if os.sep in text or text.startswith(".") or Path(text).suffix in (".gguf", ".arrow", ".safetensors", ".orbax"):
+    if (
+        os.sep in text
+        or text.startswith(".")
+        or Path(text).suffix in (".gguf", ".arrow", ".parquet", ".safetensors", ".orbax")
+    ):
         return SourceError(f"there is no file or directory {text}.")
     close = difflib.get_close_matches(text.lower(), MODELS, n=2, cutoff=0.5)
     guess = f" Did you mean {' or '.join(close)}?" if close else ""

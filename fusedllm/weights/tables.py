@@ -20,7 +20,9 @@ from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.load import wanted_tensors
 from fusedllm.weights.open import open_checkpoint
-from fusedllm.weights.quantized import CONFIG_KEY, description
+from fusedllm.weights.quantized import CONFIG_KEY, FORMAT, IN_MEMORY, description, model_in
+
+_QUANTIZED_ALREADY = "the table is quantized already: quantize the weights that fusedllm.dequantize gives back."
 
 # How files begin: a stream with the mark of a message, which the file format has later.
 _PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
@@ -67,7 +69,7 @@ def open_layers(source: Any, progress: bool) -> Opened:
         return Opened([layers], 1, {})
     reader = reader_of(source)
     if is_quantized(reader.schema):
-        raise QuantizationError("the table is quantized already; fusedllm.dequantize gives its weights back.")
+        raise QuantizationError(_QUANTIZED_ALREADY)
     metadata = reader.schema.metadata or {}
     if isinstance(source, pa.RecordBatchReader):
         return Opened(_each(reader), None, metadata, streams=True)
@@ -86,6 +88,8 @@ def _each(reader: Iterable[pa.RecordBatch]) -> Iterator[Layers]:
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Opened:
+    if checkpoint.format == FORMAT:
+        raise QuantizationError(_QUANTIZED_ALREADY)
     names = wanted_tensors(checkpoint)
 
     def batches() -> Iterator[Layers]:
@@ -99,18 +103,20 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Opened:
     return Opened(batches(), len(names), description(checkpoint), checkpoint=checkpoint)
 
 
-def with_layers(whose: Checkpoint | None, batches: Iterable[Layers]) -> Checkpoint:
-    """The model `whose` with the weights of a table, by their names.
+def with_layers(whose: Checkpoint | None, opened: Opened) -> Checkpoint:
+    """The model `whose`, or else the one that a table describes itself, with the weights of the table, by their names.
 
     Raises:
       QuantizationError: nobody said whose weights they are.
       CheckpointError: the model needs other tensors.
+      ConfigError, TokenizerError: what the table says of its model can't be understood.
     """
+    whose = model_in(opened.metadata, IN_MEMORY) if whose is None else whose
     if whose is None:
         raise QuantizationError("a calibration runs the model: say whose weights these are (`model=`).")
     tensors: dict[str, LazyTensor] = {}
     seen: set[str] = set()
-    for layers in batches:
+    for layers in opened.batches:
         check_names(layers.names, seen)
         for index, name in enumerate(layers.names):
             view = layers.view(index)
@@ -140,19 +146,33 @@ def reader_of(source: Any) -> pa.RecordBatchReader:
     )
 
 
-def table_at(path: Path) -> pa.Table | None:
-    """The table in an Arrow file (mapped), an Arrow stream or a Parquet file; `None` for any other file."""
+def says_model(source: str | Path) -> bool:
+    """Whether what has a name or lies at a path says which model it is of; no weights are read."""
+    path = Path(source).expanduser()
+    table = table_at(path, with_rows=False) if path.is_file() else None
+    return table is None or CONFIG_KEY in (table.schema.metadata or {})
+
+
+def table_at(path: Path, with_rows: bool = True) -> pa.Table | None:
+    """The table in an Arrow file (mapped), an Arrow stream or a Parquet file; `None` for any other file.
+
+    Without its rows only the schema is read.
+
+    Raises:
+      QuantizationError: the file can't be read.
+    """
     try:
         with path.open("rb") as beginning:
             head = beginning.read(8)
         if head.startswith(_PARQUET):
             # As one file: its directory's name is no column.
             with pq.ParquetFile(path) as file:
-                return _named(file.read())
-        if head.startswith(_ARROW_FILE):
-            return _named(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        if head.startswith(_ARROW_STREAM):
-            return _named(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+                return _named(file.read() if with_rows else file.schema_arrow.empty_table())
+        opened = {_ARROW_FILE: pa.ipc.open_file, _ARROW_STREAM: pa.ipc.open_stream}
+        for start, open_reader in opened.items():
+            if head.startswith(start):
+                reader = open_reader(pa.memory_map(str(path)))
+                return _named(reader.read_all() if with_rows else reader.schema.empty_table())
         return None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise QuantizationError(f"{path} can't be read: {' '.join(str(error).split())[:200].rstrip('.')}.") from error

@@ -92,7 +92,8 @@ inline void store_zeros(const Grouping& of, int64_t at, int64_t count, const flo
   }
 }
 
-constexpr float kSmallestScale = 0x1p-24f, kLargestHalf = 65504.0f;
+// As in `kernels/quantize.py`: what a scale must reach not to become zero, and the smallest scale of either dtype.
+constexpr float kSmallestReach = 0x1p-100f, kSmallestHalf = 0x1p-24f, kLargestHalf = 65504.0f;
 
 // `zeros` under another name, which a group's zero points have taken.
 inline Floats none() { return zeros(); }
@@ -151,10 +152,13 @@ int64_t encode_span(const Grouping& of, int64_t row, int64_t begin, int64_t end,
       highs[group] = largest(most);
     }
   }
+  const float smallest = of.wide ? kSmallestReach : kSmallestHalf;
+  bool all_zero = true;
   for (int64_t i = 0; i < groups + 15; ++i) {
     if (i >= groups) lows[i] = highs[i] = 0.0f;
     const float reach = (highs[i] + lows[i]) * steps;
-    scales[i] = reach > 0.0f ? (reach > kSmallestScale ? reach : kSmallestScale) : 0.0f;
+    scales[i] = reach >= kSmallestReach ? (reach > smallest ? reach : smallest) : 0.0f;
+    all_zero = all_zero && highs[i] == 0.0f && lows[i] == 0.0f;
   }
   store_scales(of, row * of.groups + begin, groups, scales);
   int64_t problem = 0;
@@ -186,8 +190,6 @@ int64_t encode_span(const Grouping& of, int64_t row, int64_t begin, int64_t end,
   }
   sums[0] = static_cast<double>(sum(errors));
   sums[1] = static_cast<double>(sum(powers));
-  bool all_zero = true;
-  for (int64_t i = 0; i < groups; ++i) all_zero = all_zero && scales[i] == 0.0f;
   if ((sums[1] >= 0x1p-80 || all_zero) && sums[1] <= 0x1p127) return problem;
   // The squares are too large or too small for float32, or a weight is no finite number.
   sums[0] = sums[1] = 0.0;
