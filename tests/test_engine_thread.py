@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY, TINY_ENGINE
 
 from fusedllm.config import SamplingParams
+from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import EngineConfig
 from fusedllm.engine.engine import Engine
 from fusedllm.errors import EngineStoppedError, QueueFullError, RequestError
@@ -216,6 +217,66 @@ def test_a_grammar_is_followed_whatever_its_company_does(llm, tiny_llm):
             assert [token % 2 for token in tokens] == [0, 1] * 15
             # The token that ends a request is nobody's business any more.
             assert tuple(grammar.taken) == tokens[:-1]
+
+
+def test_a_grammar_after_the_warm_up_compiles_nothing():
+    llm = make(batch_buckets=(1, 2))
+    llm.warm_up()
+    requests = [
+        llm.engine.prepare(ids(6, seed), SamplingParams(max_tokens=5, ignore_eos=True), constraint=EvenThenOdd())
+        for seed in range(2)
+    ]
+    with forbid_compile():
+        list(llm.engine.run(requests))
+    assert [request.finish_reason for request in requests] == ["length", "length"]
+
+
+def test_what_is_being_taken_in_counts_as_waiting(llm):
+    class Slow(EvenThenOdd):
+        def mask(self):
+            begun.set()
+            assert go_on.wait(PATIENCE)
+            return super().mask()
+
+    begun, go_on = threading.Event(), threading.Event()
+    clients = [Client(llm.engine, ids(4), constraint=Slow())]
+    try:
+        assert begun.wait(PATIENCE)
+        # Eight seats, and four who may wait.
+        clients += [Client(llm.engine, ids(4, seed)) for seed in range(11)]
+        with pytest.raises(QueueFullError):
+            Client(llm.engine, ids(4))
+    finally:
+        go_on.set()
+    assert all(len(client.tokens()) == 20 for client in clients)
+
+
+def test_who_fails_to_take_tokens_loses_only_their_own_request(llm, caplog):
+    def fails(chunk):
+        raise RuntimeError("nobody reads this")
+
+    broken = llm.engine.prepare(ids(7), SamplingParams(max_tokens=100, ignore_eos=True))
+    good = Client(llm.engine, ids(5), max_tokens=60)
+    llm.engine.submit(broken, fails)
+    assert len(good.tokens()) == 60
+    settle(lambda: llm.engine.stats().pages_in_use == 0)
+    assert broken.finish_reason == "cancelled"
+    assert "nobody reads this" in caplog.text
+    assert llm.engine.stats().failed_steps == 0
+
+
+def test_a_notebook_beside_the_thread_gets_the_last_tokens_too(llm, monkeypatch):
+    """The thread says that a request has ended before it delivers the last tokens."""
+    delivered = llm.engine._flights._deliver
+
+    def late(sequence, chunk):
+        if chunk.finish_reason:
+            time.sleep(0.3)
+        delivered(sequence, chunk)
+
+    monkeypatch.setattr(llm.engine._flights, "_deliver", late)
+    (answer,) = llm.generate([ids(5)], max_tokens=6, ignore_eos=True)
+    assert len(answer.token_ids) == 6
 
 
 def test_a_request_alone_equals_itself_among_others_with_cancels_and_preemptions():

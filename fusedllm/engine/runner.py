@@ -176,7 +176,7 @@ class Runner:
 
         `mask` (uint32 `[words]`) says what its grammar allows.
         """
-        allowed: Any = self._all_allowed[1] if mask is None else mask[None].copy()
+        allowed = self._all_allowed[1] if mask is None else self._to_device(mask[None].copy())
         request = self._describe(sequence, ids, pages)
         self._seats, outputs = self._launch(
             "admission", self._admit, self._head, self._seats, np.int32(seat), request, hidden, allowed
@@ -191,7 +191,7 @@ class Runner:
         batch = orders.shape[0]
         self._cache, self._seats, outputs = self._launch(
             _decode_name(batch), self._decode, self._params, self._cache, self._seats, orders, np.int32(steps),
-            self._all_allowed[batch] if allowed is None else allowed,
+            self._all_allowed[batch] if allowed is None else self._to_device(allowed),
         )  # fmt: skip
         return outputs
 
@@ -325,6 +325,7 @@ class Runner:
         return Seats(slots=slots, seen=Seen(in_prompt=in_prompt, output_counts=counts))
 
     def _to_device(self, array: np.ndarray) -> jax.Array:
+        """`array` where what was warmed up is: an argument in another place makes another program."""
         self.traffic.bytes_to_device += array.nbytes
         return jax.device_put(array, self._no_token.sharding)
 
