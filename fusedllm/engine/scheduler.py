@@ -33,6 +33,9 @@ STEPS_WHILE_WAITING = 4
 # Of the prompt's log-probabilities the program that makes them takes this many tokens, whatever the prompt's length.
 SCORED_CHUNK = 64
 
+# Requests that have ended and still stand in the queue that are not worth a clean-up.
+SLACK = 64
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -162,6 +165,10 @@ class Scheduler:
         if job is not None:
             self._unseat(job)
             self.finished[sequence.finish_reason] += 1
+            if len(self._waiting) > 2 * self.num_waiting + SLACK:
+                # They leave the queue when it is their turn, which may be far off for many who came and went.
+                self._waiting = [entry for entry in self._waiting if entry[1].sequence in self._jobs]
+                heapq.heapify(self._waiting)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Requests whose deadline is over."""
