@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from serving import JSON_TYPE, app_of, ask, the_error, with_client
@@ -31,8 +32,24 @@ WRONG = {
     "stop": [1, True, {}, "", [""], ["a", 1], ["a"] * 17],
     "stop_token_ids": ["x", 1, ["1"], [True], [-1], [49152], [1] * 17],
     "ignore_eos": NOT_FLAGS,
-    "response_format": ["json", [], {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "text", "x": 1}],
-    "structured_outputs": ["x", {}, {"regex": 1}, {"choice": []}, {"choice": "a"}, {"json": {}, "regex": "a"}],
+    "response_format": [
+        "json",
+        [],
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "text", "x": 1},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"minimum": math.inf}}},
+    ],
+    "structured_outputs": [
+        "x",
+        {},
+        {"regex": 1},
+        {"choice": []},
+        {"choice": "a"},
+        {"json": {}, "regex": "a"},
+        {"json": {"minimum": math.nan}},
+    ],
     "priority": [*NOT_INTEGERS, 1001],
     "cache_salt": [*NOT_TEXTS, "x" * 257],
     "user": NOT_TEXTS,

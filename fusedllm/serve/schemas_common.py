@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fusedllm.config import SamplingParams
@@ -61,12 +61,22 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
+def _check_finite(schema: Any) -> Any:
+    """Python reads `NaN` and `1e999` where JSON has no such numbers; what follows writes JSON again."""
+    try:
+        if isinstance(schema, dict):
+            dumps(schema)
+    except ValueError:
+        raise refused("a JSON schema holds a number that JSON can't write: it is infinite or not a number.") from None
+    return schema
+
+
 class JSONSchema(Strict):
     """A JSON schema with its name."""
 
     name: Annotated[str, Field(max_length=64)]
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema"), AfterValidator(_check_finite)] = None
     strict: bool | None = None
 
 
@@ -92,7 +102,7 @@ class JSONSchemaFormat(Strict):
 class StructuredOutputs(Strict):
     """What the answer must be; exactly one of these."""
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json"), AfterValidator(_check_finite)] = None
     regex: str | None = None
     choice: Annotated[list[str] | None, Field(min_length=1)] = None
     grammar: str | None = None
