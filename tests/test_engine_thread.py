@@ -219,6 +219,28 @@ def test_a_grammar_is_followed_whatever_its_company_does(llm, tiny_llm):
             assert tuple(grammar.taken) == tokens[:-1]
 
 
+class Panic(BaseException):
+    """As native code raises where it has a bug."""
+
+
+@pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.parametrize("kind", [AssertionError, Panic])
+def test_a_grammar_that_breaks_ends_its_own_request_alone(llm, kind, when, caplog):
+    class Breaks(EvenThenOdd):
+        def mask(self):
+            if len(self.taken) == when:
+                raise kind("a bug in a library")
+            return super().mask()
+
+    before = Client(llm.engine, ids(5), max_tokens=60)
+    broken = Client(llm.engine, ids(4), constraint=Breaks())
+    behind = Client(llm.engine, ids(6))
+    assert broken.all()[-1].finish_reason == "error"
+    assert (len(before.tokens()), len(behind.tokens())) == (60, 20)
+    assert llm.engine.stats().failed_steps == 0
+    assert "a bug in a library" in caplog.text
+
+
 def test_a_grammar_after_the_warm_up_compiles_nothing():
     llm = make(batch_buckets=(1, 2))
     llm.warm_up()

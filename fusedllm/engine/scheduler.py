@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from fusedllm.engine.config import EngineConfig, split_into_chunks
 from fusedllm.engine.pages import Holding, Pages
 from fusedllm.engine.request import Chunk, FinishReason, Sequence, TokenLogprob
 from fusedllm.errors import FusedLLMError
+
+logger = logging.getLogger(__name__)
 
 # A request of a priority lower by one goes before those that came up to this many seconds earlier. So whoever waits
 # is overtaken for a bounded time only.
@@ -221,6 +224,12 @@ class Scheduler:
             job.mask = constraint.mask()
         except FusedLLMError as error:
             job.sequence.finish_reason, job.sequence.error = "error", str(error)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            # A grammar's library is native code, whose panics are no `Exception`. They are one request's business.
+            logger.exception("a grammar failed")
+            job.sequence.finish_reason = "error"
         return not job.sequence.finished
 
     def _plan_chunks(self, budget: int) -> Iterator[PrefillChunk]:
