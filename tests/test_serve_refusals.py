@@ -196,3 +196,13 @@ def test_an_unsupported_parameter_is_told_apart_from_an_unknown_one(app, name):
     assert the_error(ask(app, "/v1/completions", body))["code"] == "unsupported_parameter"
     body = {**GOOD["/v1/completions"], "colour": "blue"}
     assert the_error(ask(app, "/v1/completions", body))["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("body", [{}, {"metadata": {}}, {"stream_options": {}}])
+def test_hundreds_of_thousands_of_names_are_refused_together(served_llm, body):
+    (inner,) = [*body.values()] or [body]
+    inner |= {f"k{number}": 1 for number in range(200_000)}
+    response = ask(app_of(served_llm), "/v1/completions", {"prompt": "a", **body})
+    assert response.status_code == 400
+    # Of all of them together: an error for each would take seconds, for which everybody waits.
+    assert "200" in the_error(response)["message"]
