@@ -104,6 +104,8 @@ LINES: tuple[Ours | Llama, ...] = (
     Ours("int4-g32", "hqq+gptq"),
     Ours("int3-g64", "hqq+gptq"),
     Ours("int4-g128", "hqq+gptq"),
+    Ours("int8", "clip"),
+    Ours("int8", "gptq"),
     Llama("Q4_K_M", True, runs=True),
     Llama("Q8_0", False, runs=True),
 )

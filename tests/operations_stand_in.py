@@ -31,7 +31,7 @@ class Engine:
         self.alive = False
         self.counters = EngineStats(pages_total=100)
 
-    def start(self) -> None:
+    def start(self, max_queue: int | None = None) -> None:
         self.alive = True
 
     def stop(self) -> None:

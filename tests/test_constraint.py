@@ -18,7 +18,7 @@ from text_reference import load, tiny_metadata
 
 from fusedllm.errors import RequestError
 from fusedllm.text.constraint import MAX_SOURCE, Constraint
-from fusedllm.text.constraint_trial import Tokens
+from fusedllm.text.constraint_trial import TRIAL_SECONDS, Tokens
 from fusedllm.text.gguf_vocab import tokenizer_from_gguf
 from fusedllm.text.tokenizer import Tokenizer
 from fusedllm.weights.checkpoint import Checkpoint
@@ -368,3 +368,29 @@ def test_the_longest_tokens_that_fit_write_any_text(text: str) -> None:
     tokens = Tokens(texts, sorted(tokenizer.special_ids), [0])
     assert b"".join(texts[token] for token in tokens.longest_first(text)) == text.encode()
     assert Tokens.from_json(tokens.to_json()) == tokens
+
+
+def test_a_grammar_that_takes_too_long_holds_up_neither_itself_again_nor_those_that_are_known() -> None:
+    tokenizer = tiny("bpe:smollm")
+    known = ("regex", "ab")
+    Constraint.compile(*known, tokenizer, EOS)
+    kind, source = HOSTILE["an intersection of many"]
+    source += " & /.*b.*/"
+    seconds: list[float] = []
+
+    def refused() -> None:
+        began = time.perf_counter()
+        with pytest.raises(RequestError):
+            Constraint.compile(kind, source, tokenizer, EOS)
+        seconds.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=refused)
+    thread.start()
+    time.sleep(0.3)
+    began = time.perf_counter()
+    assert Constraint.compile(*known, tokenizer, EOS).mask().any()
+    # The trial of the other goes on for more than a second.
+    assert time.perf_counter() - began < TRIAL_SECONDS / 2
+    thread.join()
+    refused()
+    assert seconds[1] < TRIAL_SECONDS / 2 < seconds[0]

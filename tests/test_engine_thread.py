@@ -236,6 +236,88 @@ def test_nothing_compiles_after_warm_up_whatever_a_request_asks_for():
     assert llm.engine.stats().preemptions > 0
 
 
+class Panic(BaseException):
+    """As native code raises where it has a bug."""
+
+
+@pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.parametrize("kind", [AssertionError, Panic])
+def test_a_grammar_that_breaks_ends_its_own_request_alone(llm, kind, when, caplog):
+    class Breaks(EvenThenOdd):
+        def mask(self):
+            if len(self.taken) == when:
+                raise kind("a bug in a library")
+            return super().mask()
+
+    before = Client(llm.engine, ids(5), max_tokens=60)
+    broken = Client(llm.engine, ids(4), constraint=Breaks())
+    behind = Client(llm.engine, ids(6))
+    assert broken.all()[-1].finish_reason == "error"
+    assert (len(before.tokens()), len(behind.tokens())) == (60, 20)
+    assert llm.engine.stats().failed_steps == 0
+    assert "a bug in a library" in caplog.text
+
+
+def test_a_grammar_after_the_warm_up_compiles_nothing():
+    llm = make(batch_buckets=(1, 2))
+    llm.warm_up()
+    requests = [
+        llm.engine.prepare(ids(6, seed), SamplingParams(max_tokens=5, ignore_eos=True), constraint=EvenThenOdd())
+        for seed in range(2)
+    ]
+    with forbid_compile():
+        list(llm.engine.run(requests))
+    assert [request.finish_reason for request in requests] == ["length", "length"]
+
+
+def test_what_is_being_taken_in_counts_as_waiting(llm):
+    class Slow(EvenThenOdd):
+        def mask(self):
+            begun.set()
+            assert go_on.wait(PATIENCE)
+            return super().mask()
+
+    begun, go_on = threading.Event(), threading.Event()
+    clients = [Client(llm.engine, ids(4), constraint=Slow())]
+    try:
+        assert begun.wait(PATIENCE)
+        # Eight seats, and four who may wait.
+        clients += [Client(llm.engine, ids(4, seed)) for seed in range(11)]
+        with pytest.raises(QueueFullError):
+            Client(llm.engine, ids(4))
+    finally:
+        go_on.set()
+    assert all(len(client.tokens()) == 20 for client in clients)
+
+
+def test_who_fails_to_take_tokens_loses_only_their_own_request(llm, caplog):
+    def fails(chunk):
+        raise RuntimeError("nobody reads this")
+
+    broken = llm.engine.prepare(ids(7), SamplingParams(max_tokens=100, ignore_eos=True))
+    good = Client(llm.engine, ids(5), max_tokens=60)
+    llm.engine.submit(broken, fails)
+    assert len(good.tokens()) == 60
+    settle(lambda: llm.engine.stats().pages_in_use == 0)
+    assert broken.finish_reason == "cancelled"
+    assert "nobody reads this" in caplog.text
+    assert llm.engine.stats().failed_steps == 0
+
+
+def test_a_notebook_beside_the_thread_gets_the_last_tokens_too(llm, monkeypatch):
+    """The thread says that a request has ended before it delivers the last tokens."""
+    delivered = llm.engine._flights._deliver
+
+    def late(sequence, chunk):
+        if chunk.finish_reason:
+            time.sleep(0.3)
+        delivered(sequence, chunk)
+
+    monkeypatch.setattr(llm.engine._flights, "_deliver", late)
+    (answer,) = llm.generate([ids(5)], max_tokens=6, ignore_eos=True)
+    assert len(answer.token_ids) == 6
+
+
 def test_a_request_alone_equals_itself_among_others_with_cancels_and_preemptions():
     llm = make(cache_tokens=256, batch_buckets=(1, 2, 4, 8, 16))
     prompts = [ids(5 + 7 * seed % 60, seed) for seed in range(17)]

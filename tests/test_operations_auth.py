@@ -67,6 +67,12 @@ def test_probes_and_the_page_need_no_key(guarded, path):
     assert guarded.get(path).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_for_the_head_alone(guarded, path):
+    answer = guarded.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/v1/models", "/docs", "/openapi.json", "/nothing/here"])
 def test_everything_else_needs_one(guarded, path):
     refused = guarded.get(path)

@@ -150,3 +150,13 @@ def test_pipelined_requests_are_answered_in_order(handle):
     last = POST + b"connection: close\r\ncontent-length: 2\r\n\r\n{}"
     response = exchange(handle, [one + one + last])
     assert response.count(b"HTTP/1.1 200") == 3
+
+
+def test_line_breaks_after_an_answer_do_not_keep_the_connection(handle):
+    with connect(handle) as connection:
+        connection.settimeout(10)
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: server\r\n\r\n")
+        assert status_of(connection.recv(2**16)) == 200
+        connection.sendall(b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""

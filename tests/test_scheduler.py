@@ -388,3 +388,18 @@ def test_a_holding_grows_to_what_is_asked_or_not_at_all(positions):
     holding = pages.hold_prefix([1], "")
     assert pages.grow(holding, positions) == (positions <= 2)
     assert len(holding.pages) == (-(-positions // 2) if positions <= 2 else 0)
+
+
+def test_who_came_and_went_while_others_wait_leaves_nothing_in_the_queue():
+    scheduler = Scheduler(SMALL)
+    kept = [request([1, 2, 3], at=0.0) for _ in range(6)]
+    for sequence in kept:
+        scheduler.add(sequence)
+    while scheduler.num_running < SMALL.max_batch:
+        scheduler.plan(1)
+    for at in range(1000):
+        sequence = request(range(20), at=float(at + 1))
+        scheduler.add(sequence)
+        scheduler.end(sequence, "cancelled")
+    assert len(scheduler._waiting) < 100
+    assert {job.sequence for _, job in scheduler._waiting} >= set(kept[SMALL.max_batch :])

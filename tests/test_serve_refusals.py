@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from serving import JSON_TYPE, app_of, ask, the_error, with_client
@@ -31,8 +32,24 @@ WRONG = {
     "stop": [1, True, {}, "", [""], ["a", 1], ["a"] * 17],
     "stop_token_ids": ["x", 1, ["1"], [True], [-1], [49152], [1] * 17],
     "ignore_eos": NOT_FLAGS,
-    "response_format": ["json", [], {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "text", "x": 1}],
-    "structured_outputs": ["x", {}, {"regex": 1}, {"choice": []}, {"choice": "a"}, {"json": {}, "regex": "a"}],
+    "response_format": [
+        "json",
+        [],
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "text", "x": 1},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"minimum": math.inf}}},
+    ],
+    "structured_outputs": [
+        "x",
+        {},
+        {"regex": 1},
+        {"choice": []},
+        {"choice": "a"},
+        {"json": {}, "regex": "a"},
+        {"json": {"minimum": math.nan}},
+    ],
     "priority": [*NOT_INTEGERS, 1001],
     "cache_salt": [*NOT_TEXTS, "x" * 257],
     "user": NOT_TEXTS,
@@ -179,3 +196,13 @@ def test_an_unsupported_parameter_is_told_apart_from_an_unknown_one(app, name):
     assert the_error(ask(app, "/v1/completions", body))["code"] == "unsupported_parameter"
     body = {**GOOD["/v1/completions"], "colour": "blue"}
     assert the_error(ask(app, "/v1/completions", body))["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("body", [{}, {"metadata": {}}, {"stream_options": {}}])
+def test_hundreds_of_thousands_of_names_are_refused_together(served_llm, body):
+    (inner,) = [*body.values()] or [body]
+    inner |= {f"k{number}": 1 for number in range(200_000)}
+    response = ask(app_of(served_llm), "/v1/completions", {"prompt": "a", **body})
+    assert response.status_code == 400
+    # Of all of them together: an error for each would take seconds, for which everybody waits.
+    assert "200" in the_error(response)["message"]

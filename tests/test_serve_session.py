@@ -98,9 +98,13 @@ def test_a_queue_that_fills_up_midway_admits_nobody(app, served_llm, monkeypatch
         submit(sequence, deliver)
 
     monkeypatch.setattr(served_llm.engine, "submit", full)
+    notes = Notes()
+    monkeypatch.setattr(app.state.server, "metrics", notes)
     response = ask(app, TEXT, {"prompt": ["a", "b", "c"]})
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert len(engine.cancelled) == 3
+    # No request has begun, so that none has ended.
+    assert notes.of("observe_request") == []
     assert app.state.server.in_flight == set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,22 @@ def test_a_gguf_without_a_vocabulary_has_no_tokenizer() -> None:
 def test_a_tokenizer_json_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(TokenizerError, match="can't be built"):
         Tokenizer(TokenizerData(tokenizer_json=text)).encode("a")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(smollm2_tokenizer: Tokenizer) -> None:
+    smollm2_tokenizer.encode("a")
+    beats, stop = [0], threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.001):
+            beats[0] += 1
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        smollm2_tokenizer.encode("1" * 300_000)
+    finally:
+        stop.set()
+        thread.join()
+    # It takes some tenths of a second.
+    assert beats[0] > 20

@@ -53,6 +53,8 @@ class Engine:
         # What other threads ask for, until the next step takes it; and what wakes the thread.
         self._inbox: list[tuple[Request, Deliver]] = []
         self._cancelled: list[Request] = []
+        # Of those that were taken out of the inbox, how many the scheduler does not know of yet.
+        self._entering = 0
         self._arrived = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -120,8 +122,7 @@ class Engine:
         for index, sequence in enumerate(sequences):
             self._add(sequence, lambda chunk, index=index: arrived.put((index, chunk)))  # type: ignore[misc]
         try:
-            # A caller may have ended one of them at a chunk that it was given before.
-            while not arrived.empty() or not all(sequence.finished for sequence in sequences):
+            while not (arrived.empty() and self._have_ended(sequences) and arrived.empty()):
                 if arrived.empty() and not self.alive:
                     with self._lock:
                         if arrived.empty():
@@ -180,7 +181,7 @@ class Engine:
             if self._stopping or not self.alive:
                 raise EngineStoppedError("the engine has stopped; start the server anew.")
             most = self._max_queue
-            waiting = self._scheduler.num_waiting + len(self._inbox)
+            waiting = self._scheduler.num_waiting + self._entering + len(self._inbox)
             if most is not None and waiting >= most + self._free_seats:
                 raise QueueFullError(f"{waiting} requests wait already, and {most} may; try again later.")
             self._inbox.append((sequence, deliver))
@@ -252,6 +253,14 @@ class Engine:
                     self._end(sequence, "cancelled" if self._stopping else "error")
                 self._flights.clear()
 
+    def _have_ended(self, sequences: Sequence[Request]) -> bool:
+        """Whether all have ended, and their last chunks were delivered: the thread does one after the other."""
+        # A caller may have ended one of them at a chunk that it was given before.
+        if not all(sequence.finished for sequence in sequences):
+            return False
+        with self._lock:
+            return True
+
     def _sleep(self) -> bool:
         """Waits until there is something to do; no once the thread is to end."""
         with self._arrived:
@@ -268,12 +277,14 @@ class Engine:
         """Does what other threads have asked for."""
         with self._arrived:
             arrived, self._inbox = self._inbox, []
+            self._entering = len(arrived)
             cancelled, self._cancelled = self._cancelled, []
         for sequence, deliver in arrived:
             if not sequence.finished:
                 self._deliver[sequence] = deliver
                 if not self._scheduler.add(sequence):
                     self._delivered(sequence, Chunk((), (), sequence.finish_reason))
+            self._entering -= 1
         for sequence in cancelled:
             self._end(sequence, "cancelled")
         for sequence in self._scheduler.overdue(time.perf_counter()):
@@ -290,8 +301,16 @@ class Engine:
 
     def _delivered(self, sequence: Request, chunk: Chunk) -> None:
         deliver = self._deliver.pop(sequence, None) if sequence.finished else self._deliver.get(sequence)
-        if deliver is not None:
+        if deliver is None:
+            return
+        try:
             deliver(chunk)
+        except Exception:
+            # Whoever fails to take theirs must not end the step, which others are part of.
+            logger.exception("a request's tokens could not be delivered")
+            if not sequence.finished:
+                self._scheduler.end(sequence, "cancelled")
+                self._deliver.pop(sequence, None)
 
     def _step(self) -> None:
         """Launches what comes next, and reads what was launched before."""

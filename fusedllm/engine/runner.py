@@ -327,6 +327,7 @@ class Runner:
         return Seats(slots=slots, seen=Seen(in_prompt=in_prompt, output_counts=counts))
 
     def _to_device(self, array: np.ndarray) -> jax.Array:
+        """`array` where what was warmed up is: an argument in another place makes another program."""
         self.traffic.bytes_to_device += array.nbytes
         return jax.device_put(array, self._no_token.sharding)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from fusedllm.engine.pages import Holding, Pages
 from fusedllm.engine.request import Chunk, FinishReason, Sequence, TokenLogprob
 from fusedllm.errors import FusedLLMError
 
+logger = logging.getLogger(__name__)
+
 # A request of a priority lower by one goes before those that came up to this many seconds earlier. So whoever waits
 # is overtaken for a bounded time only.
 PRIORITY_SECONDS = 10.0
@@ -32,6 +35,9 @@ STEPS_WHILE_WAITING = 4
 
 # Of the prompt's log-probabilities the program that makes them takes this many tokens, whatever the prompt's length.
 SCORED_CHUNK = 64
+
+# Requests that have ended and still stand in the queue that are not worth a clean-up.
+SLACK = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -162,6 +168,10 @@ class Scheduler:
         if job is not None:
             self._unseat(job)
             self.finished[sequence.finish_reason] += 1
+            if len(self._waiting) > 2 * self.num_waiting + SLACK:
+                # They leave the queue when it is their turn, which may be far off for many who came and went.
+                self._waiting = [entry for entry in self._waiting if entry[1].sequence in self._jobs]
+                heapq.heapify(self._waiting)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Requests whose deadline is over."""
@@ -214,6 +224,12 @@ class Scheduler:
             job.mask = constraint.mask()
         except FusedLLMError as error:
             job.sequence.finish_reason, job.sequence.error = "error", str(error)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            # A grammar's library is native code, whose panics are no `Exception`. They are one request's business.
+            logger.exception("a grammar failed")
+            job.sequence.finish_reason = "error"
         return not job.sequence.finished
 
     def _plan_chunks(self, budget: int) -> Iterator[PrefillChunk]:

@@ -36,6 +36,11 @@ class _Clock:
         self.stop()
         self._timer = self._loop.call_later(self._seconds, self._callback)
 
+    def start_once(self) -> None:
+        """Starts unless it is running already."""
+        if self._timer is None:
+            self.start()
+
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -80,6 +85,10 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         begun_before = self._in_headers
         super().data_received(data)
+        if self.cycle is not None and self.cycle.response_complete and not self._in_headers and not self._refused:
+            # Nothing that begins a request, such as line breaks: uvicorn took it for one, and no longer counts how long
+            # the connection has been idle.
+            self._receiving.start_once()
         # Data in which a request begins may hold the end of another one's body.
         if begun_before and self._in_headers and not self._refused:
             self._received += len(data)

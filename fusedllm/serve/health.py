@@ -21,6 +21,7 @@ def problem(state: ServerState) -> str | None:
     return None if state.llm.engine.alive else STOPPED
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"description": "The engine is dead."}})
 async def health(request: Request) -> JSONResponse:
     """200 as long as the engine lives, or is yet to be started; 503 asks to restart the server."""
@@ -28,6 +29,7 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse({"status": STOPPED if dead else "ok"}, 503 if dead else 200)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"description": "Warming up, stopping, or the engine is dead."}})
 async def ready(request: Request) -> JSONResponse:
     """200 when every program is compiled and the server admits requests."""

@@ -55,11 +55,14 @@ async def tokenize(body: TokenizeRequest, server: Server) -> JSON:
         begin_answer = body.add_generation_prompt is not False
         return server.llm.render([message.for_template for message in messages], add_generation_prompt=begin_answer)
 
+    def answer() -> JSON:
+        tokens = encode()
+        texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        context = server.llm.engine.config.max_context
+        return JSON({"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": texts})
+
     size = len(prompt or "") + sum(len(message.content) for message in messages)
-    tokens = await in_thread(encode, quick=size <= INLINE_CHARACTERS)
-    texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    context = server.llm.engine.config.max_context
-    return JSON({"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": texts})
+    return await in_thread(answer, quick=size <= INLINE_CHARACTERS)
 
 
 @keyed.post("/detokenize", responses=documented(DetokenizeBody))

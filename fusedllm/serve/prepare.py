@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 # Encoding so many characters takes about a millisecond, for which the other clients may wait.
 INLINE_CHARACTERS = 8_192
+
+# Those who wait until a stranger's grammar has been tried out, one after the other, seconds each, take no thread from
+# those who wait for an encoded prompt.
+_GRAMMARS = ThreadPoolExecutor(8, "fusedllm-grammar")
 
 T = TypeVar("T")
 
@@ -67,8 +72,13 @@ async def prepare(server: ServerState, key: str, body: Generation, wanted: Wante
             f"max_tokens is {wanted.max_tokens}, this server makes at most {settings.max_tokens}.", "max_tokens"
         )
     deadline = time.perf_counter() + settings.request_seconds
-    quick = wanted.characters <= INLINE_CHARACTERS and body.grammar() is None
-    return await in_thread(lambda: _prepare(server, key, body, wanted, deadline), quick)
+
+    def work() -> list[Stream]:
+        return _prepare(server, key, body, wanted, deadline)
+
+    if body.grammar() is not None:
+        return await asyncio.get_running_loop().run_in_executor(_GRAMMARS, work)
+    return await in_thread(work, wanted.characters <= INLINE_CHARACTERS)
 
 
 async def in_thread(work: Callable[[], T], quick: bool) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fusedllm.config import SamplingParams
@@ -18,6 +18,9 @@ MAX_STOPS = 16
 MAX_PRIORITY = 1_000
 
 MAX_SALT = 256
+
+# More than any object here has; each unknown one is an error of its own, and making 300,000 takes seconds.
+MAX_FIELDS = 100
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> PydanticCustomError:
@@ -42,6 +45,8 @@ class Strict(BaseModel):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            raise refused(f"an object has {len(data)} parameters, there are no more than {MAX_FIELDS}.")
         kept = dict(data)
         for name in cls.unsupported.keys() & data.keys():
             value = kept.pop(name)
@@ -61,12 +66,28 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
+def _check_finite(schema: Any) -> Any:
+    """Python reads `NaN` and `1e999` where JSON has no such numbers; what follows writes JSON again."""
+    try:
+        if isinstance(schema, dict):
+            dumps(schema)
+    except ValueError:
+        raise refused("a JSON schema holds a number that JSON can't write: it is infinite or not a number.") from None
+    return schema
+
+
+def _check_size(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise refused(f"an object of {len(value)} entries was given, at most {MAX_FIELDS} are possible.")
+    return value
+
+
 class JSONSchema(Strict):
     """A JSON schema with its name."""
 
     name: Annotated[str, Field(max_length=64)]
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema"), AfterValidator(_check_finite)] = None
     strict: bool | None = None
 
 
@@ -92,7 +113,7 @@ class JSONSchemaFormat(Strict):
 class StructuredOutputs(Strict):
     """What the answer must be; exactly one of these."""
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json"), AfterValidator(_check_finite)] = None
     regex: str | None = None
     choice: Annotated[list[str] | None, Field(min_length=1)] = None
     grammar: str | None = None
@@ -174,7 +195,7 @@ class Generation(Strict):
     cache_salt: Annotated[str | None, Field(max_length=MAX_SALT)] = None
     # Of no consequence here: they are about the account of who asks.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, Field(max_length=MAX_FIELDS), BeforeValidator(_check_size)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 

@@ -91,18 +91,17 @@ class Session:
             for index, stream in enumerate(self.streams):
                 self._state.llm.engine.submit(stream.sequence, functools.partial(self._deliver, index))
         except BaseException:
-            self.__exit__()
+            # Who was not admitted is no request that the metrics should tell the end of.
+            self._leave()
             raise
         self._look_after()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        for index in sorted(self._unfinished):
-            self._state.llm.engine.cancel(self.streams[index].sequence)
+        unfinished = sorted(self._unfinished)
+        self._leave()
+        for index in unfinished:
             self._end(index, self._reason_of_failure)
-        self._state.in_flight.discard(self)
 
     def cancel(self) -> None:
         """Ends the session with an error that tells the client so; for a server that can't wait any longer."""
@@ -188,6 +187,14 @@ class Session:
         if self._failure is None:
             self._failure, self._reason_of_failure = error or FAILURES[reason](), reason
         self._wake.set()
+
+    def _leave(self) -> None:
+        """Frees what is unfinished."""
+        if self._watch is not None:
+            self._watch.cancel()
+        for index in sorted(self._unfinished):
+            self._state.llm.engine.cancel(self.streams[index].sequence)
+        self._state.in_flight.discard(self)
 
     def _look_after(self) -> None:
         """Every second: an engine that died or hangs must not leave its clients waiting."""

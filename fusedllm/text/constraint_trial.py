@@ -13,10 +13,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import random
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # A compilation that the limits let through takes tens of milliseconds; the first start of the process is not counted.
 TRIAL_SECONDS = 2.0
+# On a busy machine a grammar that took too long may be in time later. Asked again at once it would hold up the others.
+DOUBT_SECONDS = 60.0
 # An eighth of what a thread usually has, so that what fits there fits here: some 100 `$ref`s within one another.
 _STACK_BYTES = 1 << 20
 # The process itself takes a third of it.
@@ -118,20 +122,35 @@ class Trial:
         self._process: subprocess.Popen[str] | None = None
         self._close: weakref.finalize[[subprocess.Popen[str]], Trial] | None = None
         self._lock = threading.Lock()
-        self._verdicts: collections.OrderedDict[str, str | None] = collections.OrderedDict()
+        self._lookup = threading.Lock()
+        # Of each grammar the verdict, and until when it holds.
+        self._verdicts: collections.OrderedDict[str, tuple[str | None, float]] = collections.OrderedDict()
 
     def try_out(self, grammar: str) -> str | None:
-        """What is wrong with a grammar in llguidance's format, or `None`."""
-        with self._lock:
-            if grammar not in self._verdicts:
-                verdict, certain = self._ask(grammar)
-                if not certain:  # On a busy machine it may have been in time another day.
-                    return verdict
-                self._verdicts[grammar] = verdict
+        """What is wrong with a grammar in llguidance's format, or `None`. One that is known waits for no trial."""
+        found = self._known(grammar)
+        if found is None:
+            with self._lock:
+                # Another thread may have asked the same meanwhile.
+                found = self._known(grammar) or self._learn(grammar, *self._ask(grammar))
+        return found[0]
+
+    def _known(self, grammar: str) -> tuple[str | None, float] | None:
+        with self._lookup:
+            found = self._verdicts.get(grammar)
+            if found is None or found[1] < time.monotonic():
+                return None
+            self._verdicts.move_to_end(grammar)
+            return found
+
+    def _learn(self, grammar: str, verdict: str | None, certain: bool) -> tuple[str | None, float]:
+        found = (verdict, math.inf if certain else time.monotonic() + DOUBT_SECONDS)
+        with self._lookup:
+            self._verdicts[grammar] = found
             self._verdicts.move_to_end(grammar)
             if len(self._verdicts) > _VERDICTS:
                 self._verdicts.popitem(last=False)
-            return self._verdicts[grammar]
+        return found
 
     def close(self) -> None:
         """Ends the process; the next grammar starts another."""

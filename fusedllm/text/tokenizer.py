@@ -52,7 +52,8 @@ class Tokenizer:
         """
         library = self._library if parse_special else self._library_without_special
         try:
-            ids: list[int] = library.encode(text, add_special_tokens=add_special).ids
+            # Of the library's ways this one lets other threads run meanwhile; a long text takes it seconds.
+            ids: list[int] = library.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except (TypeError, UnicodeEncodeError) as error:
             if not isinstance(text, str):
                 raise RequestError(f"a prompt must be a text, and is a {type(text).__name__}") from error
