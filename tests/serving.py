@@ -85,3 +85,11 @@ def on_a_port(app: fastapi.FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def settle(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Waits until something is so that follows, a moment later, from what was done."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never became so"
+        time.sleep(0.005)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import TINY, TINY_ENGINE
+from serving import settle
 
 from fusedllm.config import SamplingParams
 from fusedllm.engine.compile_guard import forbid_compile
@@ -59,13 +60,6 @@ class Client:
 
     def tokens(self) -> tuple[int, ...]:
         return tuple(token for chunk in self.all() for token in chunk.tokens)
-
-
-def settle(condition) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_requests_from_many_threads_all_get_what_they_would_get_alone(tiny_llm):

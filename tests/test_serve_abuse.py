@@ -9,20 +9,13 @@ import time
 
 import httpx
 import pytest
-from serving import MODEL, app_of, on_a_port
+from serving import MODEL, app_of, on_a_port, settle
 
 from fusedllm.engine.config import EngineConfig
 from fusedllm.llm import load
 
 TEXT = "/v1/completions"
 GREEDY = {"model": MODEL, "temperature": 0}
-
-
-def settle(condition) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def together(url, work, count):

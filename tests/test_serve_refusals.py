@@ -206,3 +206,23 @@ def test_hundreds_of_thousands_of_names_are_refused_together(served_llm, body):
     assert response.status_code == 400
     # Of all of them together: an error for each would take seconds, for which everybody waits.
     assert "200" in the_error(response)["message"]
+
+
+def test_only_a_server_that_allows_it_lets_requests_go_before_others(served_llm):
+    body = {"prompt": "Hi", "max_tokens": 1, "priority": -2}
+    refused = ask(app_of(served_llm), "/v1/completions", body)
+    assert refused.status_code == 400
+    assert the_error(refused)["param"] == "priority"
+    assert ask(app_of(served_llm), "/v1/completions", {**body, "priority": 2}).status_code == 200
+    assert ask(app_of(served_llm, min_priority=-2), "/v1/completions", body).status_code == 200
+
+
+def test_a_list_of_more_prompts_than_any_queue_has_is_refused_as_a_whole(served_llm):
+    refused = ask(app_of(served_llm), "/v1/completions", {"prompt": [[1]] * 5000})
+    assert refused.status_code == 400
+    assert "5000" in the_error(refused)["message"]
+
+
+def test_a_path_with_a_slash_too_many_is_no_redirect(served_llm):
+    response = ask(app_of(served_llm), "/v1/completions/", {"prompt": "Hi"})
+    assert (response.status_code, the_error(response)["code"]) == (404, "not_found")

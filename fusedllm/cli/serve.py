@@ -72,6 +72,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-prompt-tokens", type=int, metavar="TOKENS", help="default: the context")
     group.add_argument("--max-tokens", type=int, metavar="TOKENS", help="default: the context")
     group.add_argument("--max-n", type=int, metavar="N", help="answers to one prompt (default 8)")
+    group.add_argument("--min-priority", type=int, metavar="N", help="that a request may ask for (default 0)")
     group.add_argument("--request-seconds", type=float, metavar="S", help="deadline of a request (default 600)")
     group.add_argument("--drain-seconds", type=float, metavar="S", help="for what is in flight at SIGTERM (default 30)")
 

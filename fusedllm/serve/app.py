@@ -17,7 +17,8 @@ from fusedllm.serve.state import ServerState
 def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     """The application that serves `llm`. Who runs it starts the engine, and sets `app.state.server.ready`."""
     # Its pages for browsing the API load scripts from elsewhere, so there are none.
-    app = FastAPI(title="fusedllm", version=__version__, docs_url=None, redoc_url=None)
+    # And no redirects: behind a proxy that ends TLS they would lead away from it.
+    app = FastAPI(title="fusedllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = ServerState(llm, settings, metrics.Metrics(llm))
     errors.install(app)
     for router in (completions.router, chat.router, models.router, metrics.router, health.router, page.router):

@@ -77,8 +77,9 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def internal_error() -> APIError:
-    """500, without a word of what happened: that is for the log."""
-    return APIError(500, "the server failed while it worked on this request.", SERVER, "internal_error")
+    """500, without a word of what happened: that is for the log. The connection ends with it."""
+    message = "the server failed while it worked on this request."
+    return APIError(500, message, SERVER, "internal_error", headers={"Connection": "close"})
 
 
 def as_api_error(error: Exception) -> APIError:

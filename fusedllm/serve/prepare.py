@@ -61,6 +61,11 @@ async def prepare(server: ServerState, key: str, body: Generation, wanted: Wante
     server.check_admission()
     if n > settings.max_n:
         raise bad_request(f"n is {n}, this server makes at most {settings.max_n} answers.", "n")
+    if (body.priority or 0) < settings.min_priority:
+        raise bad_request(
+            f"priority is {body.priority}, this server lets requests ask for {settings.min_priority} or more.",
+            "priority",
+        )
     if wanted.prompts * n > settings.max_queue:
         raise bad_request(
             f"{wanted.prompts} prompts with n={n} are {wanted.prompts * n} answers, this server's queue has "

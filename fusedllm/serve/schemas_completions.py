@@ -18,12 +18,18 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
+# To look at more takes time in which nobody else is served; a queue has no place for them anyway.
+MAX_PROMPTS = 4096
+
+
 def _check_prompt(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
     if _is_ids(value):
         return [value]
     if isinstance(value, list) and value:
+        if len(value) > MAX_PROMPTS:
+            raise refused(f"prompt has {len(value)} texts, or lists of token ids; at most {MAX_PROMPTS} go together.")
         if all(isinstance(text, str) for text in value):
             return value
         if all(_is_ids(ids) for ids in value):

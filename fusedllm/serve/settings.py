@@ -34,6 +34,7 @@ class ServerSettings:
       max_body_bytes: of a request.
       max_prompt_tokens, max_tokens: of a request; `None` leaves the limit to the context.
       max_n: answers to one prompt.
+      min_priority: the lowest, most urgent priority that a request may ask for; 0 lets nobody go before others.
       request_seconds: deadline of a request, from its arrival.
       body_seconds: until the headers of a request must have come, and then until its body must.
       send_seconds: until a client must have taken what was sent to it.
@@ -61,6 +62,7 @@ class ServerSettings:
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_n: int = 8
+    min_priority: int = 0
     request_seconds: float = 600.0
     body_seconds: float = 10.0
     send_seconds: float = 30.0
@@ -80,6 +82,7 @@ class ServerSettings:
         for name in ("max_prompt_tokens", "max_tokens", "requests_per_minute"):
             if getattr(self, name) is not None:
                 self._count(name)
+        _ask(_is_integer(self.min_priority), "min_priority", self.min_priority, "an integer")
         for name in ("request_seconds", "body_seconds", "send_seconds"):
             self._seconds(name, above_zero=True)
         self._seconds("drain_seconds", above_zero=False)
