@@ -27,6 +27,8 @@ from fusedllm.model.rope import inverse_frequencies
 from fusedllm.weights.random import random_checkpoint
 
 PHASES = ("serialize", "send", "receive", "deserialize", "copy", "compute", "trusted")
+# Of a policy of the engine: what crosses with the products of it, or all of its one program.
+IN_PROCESS = ("crossings", "program")
 
 # How often a client that waits looks whether the server still lives.
 WATCH_MILLISECONDS = 1000

@@ -178,5 +178,3 @@ def _narrowed(array: np.ndarray, wire: np.dtype[Any]) -> np.ndarray:
 
 def _widened(array: np.ndarray) -> np.ndarray:
     return array.astype(FLOAT32) if array.dtype == BFLOAT16 else array
-
-

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import rpc_transport
 from common import Spread, Worker, environment, prefill_operations, sizes, warn_if_busy, write_json
-from rpc_client import PHASES, Channel, DeviceServer, TrustedClient, largest_message
+from rpc_client import IN_PROCESS, PHASES, Channel, DeviceServer, TrustedClient, largest_message
 from rpc_plot import plot
 from rpc_report import report
 
@@ -62,7 +62,7 @@ TOLERANCE_W8A8 = 0.3
 class Rung:
     """One way to run a prompt: through a channel, or as a policy of the engine in one process.
 
-    `arithmetic` is the kind of products that `Products.arithmetic` times for it, `claims` what the device does not see.
+    `arithmetic` is the kind of products that `Products.arithmetic` times for it.
     """
 
     name: str
@@ -70,7 +70,6 @@ class Rung:
     arithmetic: str
     channel: Channel | None = None
     fused: bool = False
-    claims: str | None = None
 
 
 RUNGS = (
@@ -80,7 +79,7 @@ RUNGS = (
     Rung("c", "(c) bfloat16, ipc", "calls", Channel("c")),
     Rung("d", "(d) shared memory", "calls", Channel("d")),
     Rung("e", "(e) one call a layer", "layers", Channel("d"), fused=True),
-    Rung("masked", "masked, in process", "last", claims="activations, prompt and output"),
+    Rung("masked", "masked, in process", "last"),
     Rung("split", "split, in process", "last"),
     Rung("plain", "plain, in process", "last"),
 )
@@ -109,38 +108,38 @@ class Setting:
 class Ladder:
     """The processes of a run, and one sample of each rung."""
 
-    def __init__(self, setting: Setting, server: DeviceServer, worker: Worker) -> None:
+    def __init__(self, setting: Setting, server: DeviceServer, policies: Callable[[str], Worker]) -> None:
         self.setting = setting
-        self._server, self._worker = server, worker
+        self._server, self._policies = server, policies
+        self._workers: dict[str, Worker] = {}
         self._client = TrustedClient(setting.config, server, SEED)
         server.ask("load", setting.config.to_dict(), setting.dtype, SEED)
 
-    def why_not(self, rung: Rung) -> str | None:
-        """Loads what a policy needs; a sentence where that can't be."""
+    def prepare(self, rung: Rung) -> dict[str, Any]:
+        """Loads what a policy needs: its `claim`, or `why_not`."""
         if rung.channel is not None:
-            return None
-        setting = self.setting
-        return self._worker.ask("load", rung.name, setting.config.to_dict(), setting.dtype, SEED, setting.seq)
+            return {}
+        worker, setting = self._policies(rung.name), self.setting
+        self._workers[rung.name] = worker
+        return worker.ask("load", setting.config.to_dict(), setting.dtype, SEED, setting.seq)
 
     def logits(self, rung: Rung) -> np.ndarray:
-        """After the last token; by all of a rung's own way, its warm-up as well."""
+        """After the last token, by all of the rung's way: its warm-up as well."""
         if rung.channel is None:
-            return np.asarray(self._worker.ask("logits", rung.name, self.setting.tokens.tolist()), np.float32)
+            return np.asarray(self._workers[rung.name].ask("logits", self.setting.tokens.tolist()), np.float32)
         return self._forward(rung)[0]
 
     def sample(self, rung: Rung) -> dict[str, float]:
         """One run: seconds of the whole and of each phase, calls, and bytes to the device and back."""
         if rung.channel is None:
-            run = self._worker.ask("prefill", rung.name, self.setting.tokens.tolist())
-            seconds = run["seconds"]
-            return {"latency": seconds, "calls": 0, "sent": run["sent"], "received": run["received"], "program": seconds}
+            return self._workers[rung.name].ask("prefill", self.setting.tokens.tolist())
         account = self._forward(rung)[1]
         totals = {"latency": account.latency, "calls": account.count}
         return {**totals, "sent": account.sent, "received": account.received, **account.phases}
 
     def arithmetic(self, kind: str) -> float:
-        """Seconds of the products of that kind, where nothing travels."""
-        return self._server.ask("arithmetic", kind, self.setting.seq)
+        """Seconds of the products of that kind, where nothing travels; the faster of two runs."""
+        return min(self._server.ask("arithmetic", kind, self.setting.seq) for _ in range(2))
 
     def _forward(self, rung: Rung) -> tuple[np.ndarray, Any]:
         assert rung.channel
@@ -150,7 +149,8 @@ class Ladder:
 
 def measure(ladder: Ladder, rungs: Sequence[Rung], repetitions: int) -> dict[str, Any]:
     """All rungs once per repetition, in turns at being first, beside their arithmetic; then ratios."""
-    left_out = {rung.name: why for rung in rungs if (why := ladder.why_not(rung))}
+    prepared = {rung.name: ladder.prepare(rung) for rung in rungs}
+    left_out = {name: said["why_not"] for name, said in prepared.items() if "why_not" in said}
     rungs = [rung for rung in rungs if rung.name not in left_out]
     logits = {rung.name: ladder.logits(rung) for rung in rungs}  # Compiles what is to be compiled.
     kinds = sorted({rung.arithmetic for rung in rungs})
@@ -170,7 +170,9 @@ def measure(ladder: Ladder, rungs: Sequence[Rung], repetitions: int) -> dict[str
             samples[rung.name].append(sample)
         latest = ", ".join(f"{rung.name} {1e3 * samples[rung.name][-1]['latency']:.0f}" for rung in rungs)
         print(f"{repetition + 1} of {repetitions}: {latest} ms", file=sys.stderr)
-    rows = [_row(rung, ladder.setting, samples, logits) for rung in rungs]
+    rows = [
+        {**_row(rung, ladder.setting, samples, logits), "claim": prepared[rung.name].get("claim")} for rung in rungs
+    ]
     return {"rows": rows, "left_out": left_out, "copy_rate": Spread.of(copies)}
 
 
@@ -178,11 +180,11 @@ def _row(
     rung: Rung, setting: Setting, samples: dict[str, list[dict[str, float]]], logits: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     own = samples[rung.name]
-    row: dict[str, Any] = {"name": rung.name, "title": rung.title, "claims": rung.claims}
+    row: dict[str, Any] = {"name": rung.name, "title": rung.title}
     measured = setting.measured_layers(rung)
     row["scaled_from_layers"] = measured if measured < setting.config.num_layers else None
     spreads = {key: Spread.of([sample[key] for sample in own]) for key in own[0]}
-    row["phases"] = {phase: spreads.pop(phase) for phase in (*PHASES, "program") if phase in spreads}
+    row["phases"] = {phase: spreads.pop(phase) for phase in (*PHASES, *IN_PROCESS) if phase in spreads}
     pairs = {other: list(zip(samples[other], own, strict=True)) for other in ("a", "b") if other in samples}
     row["speedup"] = {
         other: Spread.of([slow["latency"] / sample["latency"] for slow, sample in both])
@@ -212,16 +214,16 @@ def tolerance(dtype: str, rung: Rung) -> float:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[tuple[DeviceServer, Callable[[], Worker]]]:
-    """The device server, and a maker of the policies' process; both have ended afterwards."""
+def processes() -> Iterator[tuple[DeviceServer, Callable[[str], Worker]]]:
+    """The device server, and a maker of the policies' processes; all have ended afterwards."""
     # Two processes share an accelerator: neither may take all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as ending:
         server = DeviceServer()
         ending.callback(server.close)
 
-        def policies() -> Worker:
-            worker = Worker([sys.executable, str(Path(__file__).parent / "rpc_policies.py")])
+        def policies(name: str) -> Worker:
+            worker = Worker([sys.executable, str(Path(__file__).parent / "rpc_policies.py"), name])
             ending.callback(worker.close)
             return worker
 
@@ -229,11 +231,11 @@ def processes() -> Iterator[tuple[DeviceServer, Callable[[], Worker]]]:
 
 
 def run(
-    setting: Setting, rungs: Sequence[Rung], repetitions: int, server: DeviceServer, policies: Callable[[], Worker]
+    setting: Setting, rungs: Sequence[Rung], repetitions: int, server: DeviceServer, policies: Callable[[str], Worker]
 ) -> dict[str, Any]:
     """The ladder, with the machine's limits."""
     server.share(largest_message(setting.config, setting.seq))
-    result = measure(Ladder(setting, server, policies()), rungs, repetitions)
+    result = measure(Ladder(setting, server, policies), rungs, repetitions)
     return {
         **result,
         "product": server.ask("limit"),

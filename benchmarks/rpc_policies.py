@@ -1,4 +1,6 @@
-"""The engine's own policies for `rpc_ladder.py`, in a process of their own: the compiled prefill of each.
+"""A policy of the engine for `rpc_ladder.py`, in a process of its own: the compiled prefill under `plain` and others.
+
+    python benchmarks/rpc_policies.py POLICY
 
 It is asked through `common.Worker`; what crosses between the policy's trusted side and the device stays inside.
 """
@@ -6,33 +8,39 @@ It is asked through `common.Worker`; what crosses between the policy's trusted s
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from typing import Any
 
-import numpy as np
 from common import serve
-
-import fusedllm
-from fusedllm.config import ModelConfig
-from fusedllm.errors import FusedLLMError
-from fusedllm.weights.random import random_checkpoint
 
 PAGE_SIZE = 16
 
+# Without a device beside the trusted CPU. The others have a boundary; where there is no accelerator, a second device of
+# this CPU plays it.
+ONE_DEVICE = ("plain", "trusted")
 
-class Policies:
-    """One loaded model for each policy, on the same random weights."""
 
-    def __init__(self) -> None:
-        self._models: dict[str, fusedllm.LLM] = {}
+class Policy:
+    """A loaded model under one policy. jax is imported with the model."""
 
-    def load(self, policy: str, config: dict[str, Any], dtype: str, seed: int, seq: int) -> str | None:
-        """Loads and warms up a model; returns why that can't be, or nothing."""
-        takes_policy = "policy" in inspect.signature(fusedllm.load).parameters
-        if policy != "plain" and not takes_policy:
-            return f"`fusedllm.load` takes no policy yet, so that there is no {policy!r} to measure."
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._llm: Any = None
+
+    def load(self, config: dict[str, Any], dtype: str, seed: int, seq: int) -> dict[str, Any]:
+        """Loads and warms up a model: what the policy claims, or why it can't be."""
+        import numpy as np
         from rpc_model import dtypes
 
-        weights = np.dtype(dtypes(dtype)[1])
+        import fusedllm
+        from fusedllm.config import ModelConfig
+        from fusedllm.errors import FusedLLMError
+        from fusedllm.weights.random import random_checkpoint
+
+        takes_policy = "policy" in inspect.signature(fusedllm.load).parameters
+        if self._name != "plain" and not takes_policy:
+            return {"why_not": f"`fusedllm.load` takes no policy, so that there is no {self._name!r} to measure."}
         bucket = -(-seq // PAGE_SIZE) * PAGE_SIZE
         shapes = fusedllm.EngineConfig(
             max_context=bucket + PAGE_SIZE,
@@ -41,28 +49,48 @@ class Policies:
             prefill_buckets=(bucket,),  # One launch for the prompt.
             batch_buckets=(1,),
         )
-        checkpoint = random_checkpoint(ModelConfig.from_dict(config), weights, seed)
-        keywords = {"policy": policy} if takes_policy else {}
+        checkpoint = random_checkpoint(ModelConfig.from_dict(config), np.dtype(dtypes(dtype)[1]), seed)
+        keywords = {"policy": self._name} if takes_policy else {}
         try:
-            llm = fusedllm.load(checkpoint, dtype=dtype, engine=shapes, keep_programs=False, **keywords)
+            self._llm = fusedllm.load(checkpoint, dtype=dtype, engine=shapes, keep_programs=False, **keywords)
         except FusedLLMError as error:
-            return f"the policy {policy!r} refuses this model: {error}"
-        self._models[policy] = llm
-        return None
+            return {"why_not": f"{self._name}: {error}"}
+        return {"claim": self._llm.policy.claim if takes_policy else None}
 
-    def logits(self, policy: str, tokens: list[int]) -> list[float]:
-        """The logits after the last token."""
-        return self._models[policy].logits(tokens)[-1].tolist()
+    def logits(self, tokens: list[int]) -> list[float]:
+        """The logits after the last token. Then once what is measured, which compiles it."""
+        logits = self._llm.logits(tokens)[-1].tolist()
+        self.prefill(tokens)
+        return logits
 
-    def prefill(self, policy: str, tokens: list[int]) -> dict[str, Any]:
-        """Seconds from the prompt to its first token on the host, launches, and bytes that the engine moved for it."""
-        llm = self._models[policy]
-        traffic = llm.engine.runner.traffic
-        before = traffic.bytes_to_device, traffic.bytes_to_host
-        (result,) = llm.generate([tokens], temperature=0, max_tokens=1, ignore_eos=True)
-        sent, received = traffic.bytes_to_device - before[0], traffic.bytes_to_host - before[1]
-        return {"seconds": result.timings.prefill_seconds, "sent": sent, "received": received}
+    def prefill(self, tokens: list[int]) -> dict[str, float]:
+        """Seconds from the prompt to its first token on the host, crossings, and bytes there and back.
+
+        What crosses is counted by the policy's ledger; where there is no boundary, it is what the engine sends and
+        reads. Of the seconds those of crossings include the products.
+        """
+        before = self._counts()
+        (result,) = self._llm.generate([tokens], temperature=0, max_tokens=1, ignore_eos=True)
+        calls, sent, received, seconds = (now - then for now, then in zip(self._counts(), before, strict=True))
+        latency = result.timings.prefill_seconds
+        parts = {"crossings": seconds, "trusted": latency - seconds} if calls else {"program": latency}
+        return {"latency": latency, "calls": calls, "sent": sent, "received": received, **parts}
+
+    def _counts(self) -> tuple[float, ...]:
+        if self._name not in ONE_DEVICE:
+            total = self._llm.boundary.total()
+            return total.count, total.bytes_to_device, total.bytes_to_host, total.seconds
+        traffic = self._llm.engine.runner.traffic
+        return 0, traffic.bytes_to_device, traffic.bytes_to_host, 0.0
+
+
+def main() -> None:
+    """The command."""
+    (name,) = sys.argv[1:]
+    if name not in ONE_DEVICE:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
+    serve(lambda: Policy(name))
 
 
 if __name__ == "__main__":
-    serve(Policies)
+    main()

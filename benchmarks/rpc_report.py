@@ -1,12 +1,15 @@
-"""The Markdown that `rpc_ladder.py` prints: the ladder, where its time goes, the machine's limits, and what is claimed."""
+"""The Markdown that `rpc_ladder.py` prints: the ladder, where its time goes, the machine's limits, and the claims."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from common import significant, table
-from rpc_client import PHASES
+from rpc_client import IN_PROCESS, PHASES
 
+NO_CLAIM = "no confidentiality claim"
+
+# The way of the arrays, there and back.
 MOVING = ("serialize", "send", "receive", "deserialize")
 
 
@@ -65,13 +68,13 @@ def _megabytes(count: float) -> str:
 
 
 def _breakdown(result: dict[str, Any]) -> str:
-    columns = ["ms", *PHASES, "one program", "moved at"]
+    columns = ["ms", *PHASES, *IN_PROCESS, "moved at"]
     lines = []
     for row in result["rows"]:
         phases = row["phases"]
         moving = sum(phases[name].median for name in MOVING if name in phases)
         moved = row["sent"].median + row["received"].median
-        times = [_milliseconds(phases[name]) if name in phases else "-" for name in (*PHASES, "program")]
+        times = [_milliseconds(phases[name]) if name in phases else "-" for name in (*PHASES, *IN_PROCESS)]
         lines.append([title(row), *times, f"{significant(moved / moving / 1e9)} GB/s" if moving else "-"])
     return table(columns, lines)
 
@@ -84,8 +87,8 @@ def _limits(result: dict[str, Any]) -> str:
         "Medians over the repetitions, latency ± half the distance between the quartiles. `products` are the rung's own"
         " products alone,\nwhere nothing travels, timed in the same repetition; `overhead` is the latency without them."
         " `send` lasts until the server has\nall of a request, `receive` until the client has all of a reply; `copy` is"
-        " between the server's memory and its device;\n`trusted` is the client's own arithmetic. `logits apart`: the"
-        " distance to the first rung's over their length.\n\n"
+        " between the server's memory and its device;\n`trusted` is the trusted side's own work; `crossings` are a"
+        " policy's, with their products. `logits apart`: the distance to\nthe first rung's, over their length.\n\n"
         f"Limits, measured in this run: one thread copies {significant(copy / 1e9)} GB/s, and a {product['dtype']}"
         f" product of {product['size']} cubed by XLA runs at {significant(rate / 1e9)} GFLOP/s:\n"
         f"{significant(1e3 * arithmetic)} ms for the prompt's {significant(result['operations'] / 1e9)} GFLOP."
@@ -98,7 +101,8 @@ def _limits(result: dict[str, Any]) -> str:
 
 
 def _claims(result: dict[str, Any]) -> str:
-    clear = [row["name"] for row in result["rows"] if not row["claims"]]
-    secret = [f"{row['name']} hides {row['claims']}" for row in result["rows"] if row["claims"]]
-    text = f"no confidentiality claim: {', '.join(clear)} show the device all activations in the clear."
-    return text + (f" {'; '.join(secret)}." if secret else "")
+    clear = [row["name"] for row in result["rows"] if row["claim"] in (None, NO_CLAIM)]
+    claims = [
+        f"{row['name']} claims: {row['claim']}." for row in result["rows"] if row["claim"] not in (None, NO_CLAIM)
+    ]
+    return "\n".join([f"{NO_CLAIM}: {', '.join(clear)} show the device all activations in the clear.", *claims])
