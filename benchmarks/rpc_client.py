@@ -105,17 +105,18 @@ class DeviceServer:
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="rpc-ladder-")
-        endpoint = f"ipc://{self._directory.name}/calls"
+        self._endpoint = f"ipc://{self._directory.name}/calls"
         self._descriptors = Arena.descriptor(), Arena.descriptor()
         self.codecs = codecs(None, None, trusted=True)
-        command = [sys.executable, str(Path(__file__).parent / "rpc_server.py"), endpoint, *map(str, self._descriptors)]
+        command = [sys.executable, str(Path(__file__).parent / "rpc_server.py"), self._endpoint]
+        command += map(str, self._descriptors)
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=self._descriptors)
         assert self._process.stdout
         tcp = self._process.stdout.readline().strip()
         if not tcp:
             raise SystemExit("the device server ended early; its message is above.")
         self._context = zmq.Context()
-        self.sockets = {"ipc": self._connect(endpoint), "tcp": self._connect(tcp)}
+        self.sockets = {"ipc": self._connect(self._endpoint), "tcp": self._connect(tcp)}
 
     def share(self, message_bytes: int) -> None:
         """Shares memory for messages whose arrays take so many bytes."""
@@ -128,7 +129,7 @@ class DeviceServer:
 
     def ask(self, method: str, *values: Any) -> Any:
         """What a method of the server returns, through JSON."""
-        return json.loads(self.exchange(self.sockets["ipc"], "j", json.dumps([method, *values]).encode()))
+        return self._ask(self.sockets["ipc"], method, *values)
 
     def exchange(self, socket: zmq.Socket[bytes], letter: str, frame: bytes) -> bytes:
         """Sends a request and waits for its reply. A server that fails or has ended ends this program too."""
@@ -144,7 +145,9 @@ class DeviceServer:
     def close(self) -> None:
         """Ends the server and waits for it."""
         if self._process.poll() is None:
-            self.ask("end")
+            # Another socket: one whose call was interrupted may not send.
+            with self._connect(self._endpoint) as socket:
+                self._ask(socket, "end")
         self._process.wait()
         assert self._process.stdout
         self._process.stdout.close()
@@ -152,6 +155,9 @@ class DeviceServer:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._directory.cleanup()
+
+    def _ask(self, socket: zmq.Socket[bytes], method: str, *values: Any) -> Any:
+        return json.loads(self.exchange(socket, "j", json.dumps([method, *values]).encode()))
 
     def _connect(self, endpoint: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.REQ)

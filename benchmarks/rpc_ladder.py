@@ -12,9 +12,11 @@ activation, and a device server, which does the products: six calls a layer, one
     c  the same in bfloat16              d  shared memory, only shapes go through ZeroMQ
     e  one call a layer, compiled as a whole, through shared memory
 
-and beside it the engine's prefill under its policies in one process. Random weights; all use the same kernels on the
-same weights, and their logits are compared. A figure is the median over repetitions, in which all rungs take turns;
-"overhead" is what a rung takes longer than its own products where nothing has to travel, timed in the same repetition.
+The head sees the last token alone, as in the engine, and keys and values are sent once for all heads that share them;
+the predecessor was less kind to itself. Beside it the engine's prefill under its policies, each in one process. All use
+random weights, the same ones, and the same kernels, and their logits are compared. A figure is the median over the
+repetitions, in which all rungs take turns at being first; "overhead" is what a rung takes longer than its own products
+where nothing has to travel, timed in the same repetition.
 
 Rungs a to e and the policies `plain` and `split` show the device all activations: no confidentiality claim.
 """

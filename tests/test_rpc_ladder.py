@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import rpc_codecs
 import rpc_ladder
+import rpc_model
 import rpc_report
 import rpc_transport
 from conftest import TINY
@@ -176,6 +177,19 @@ def test_a_call_that_does_not_exist_ends_the_program_with_the_servers_words(ladd
     frame = server.codecs["b"].pack({"name": "nonsense", "layer": 0}, [])
     with pytest.raises(SystemExit, match=r"the device server refuses: AttributeError: .*nonsense"):
         server.exchange(server.sockets["ipc"], "b", frame)
+
+
+def test_products_are_timed_without_the_time_of_what_they_wait_behind(monkeypatch):
+    monkeypatch.setattr(rpc_model, "PLUG_SIZE", 8)
+    products = rpc_model.Products(TINY, "float32", 0)
+    assert len(list(products._runs("calls", SEQ))) == 6 * TINY.num_layers + 2
+    assert len(list(products._runs("last", SEQ))) == 5 * TINY.num_layers + 2
+    for kind in ("calls", "layers", "last"):
+        assert products.arithmetic(kind, SEQ) > 0
+    waits: list[float] = []
+    # A run that keeps the host as long as a launch would: it is in the time behind the plug, and not in the plug's own.
+    assert products._queued([lambda: waits.append(time.sleep(0.2) or 1.0)]) > 0.2 > products._queued([])
+    assert waits == [1.0]
 
 
 def test_the_report_says_what_was_scaled_and_that_nothing_is_claimed(result):
