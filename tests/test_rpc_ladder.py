@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("zmq", reason="needs pyzmq of the extra `bench`")
 pytest.importorskip("msgpack", reason="needs msgpack of the extra `bench`")
+if not hasattr(os, "memfd_create"):
+    pytest.skip("needs shared memory of Linux", allow_module_level=True)
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
