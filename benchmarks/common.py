@@ -129,9 +129,11 @@ class Worker:
     def close(self) -> None:
         """Lets the worker end, and waits for it."""
         assert self._process.stdin
+        assert self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,231 @@
+"""`benchmarks/rpc_ladder.py`: codecs lose nothing, all rungs compute the same, and the accounts add up."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("zmq", reason="needs pyzmq of the extra `bench`")
+pytest.importorskip("msgpack", reason="needs msgpack of the extra `bench`")
+if not hasattr(os, "memfd_create"):
+    pytest.skip("needs shared memory of Linux", allow_module_level=True)
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import rpc_codecs
+import rpc_ladder
+import rpc_model
+import rpc_report
+import rpc_transport
+from conftest import TINY
+from rpc_client import PHASES, Account, Call, Channel, DeviceServer, TrustedClient, largest_message
+
+ROOT = Path(__file__).parent.parent
+SEQ = 16
+SETTING = rpc_ladder.Setting(TINY, "float32", SEQ)
+ARENA_BYTES = 1 << 16
+
+ANY_ARRAYS = st.lists(
+    st.one_of(
+        arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)),
+        arrays.arrays(np.int32, arrays.array_shapes(max_dims=3, max_side=5)),
+    ),
+    max_size=3,
+)
+
+
+def pair() -> tuple[dict[str, rpc_codecs.Codec], dict[str, rpc_codecs.Codec]]:
+    """The codecs of a trusted side, and of the side that it talks to."""
+    there, back = os.memfd_create("there"), os.memfd_create("back")
+    for descriptor in (there, back):
+        os.ftruncate(descriptor, ARENA_BYTES)
+    outgoing, incoming = rpc_codecs.Arena(there, ARENA_BYTES), rpc_codecs.Arena(back, ARENA_BYTES)
+    os.close(there)
+    os.close(back)
+    return rpc_codecs.codecs(outgoing, incoming, trusted=True), rpc_codecs.codecs(incoming, outgoing, trusted=False)
+
+
+TRUSTED, UNTRUSTED = pair()
+
+
+@settings(max_examples=60)
+@given(sent=ANY_ARRAYS, header=st.dictionaries(st.sampled_from(["name", "layer"]), st.integers(0, 99)))
+@pytest.mark.parametrize("letter", ["a", "b", "d"])
+def test_arrays_arrive_as_they_were_sent_both_ways(letter, sent, header):
+    for sender, receiver in ((TRUSTED, UNTRUSTED), (UNTRUSTED, TRUSTED)):
+        arrived_header, arrived = receiver[letter].unpack(sender[letter].pack(header, sent))
+        assert arrived_header == header
+        assert [array.dtype for array in arrived] == [array.dtype for array in sent]
+        for one, other in zip(arrived, sent, strict=True):
+            np.testing.assert_array_equal(one, other, strict=True)
+
+
+@settings(max_examples=60)
+@given(sent=ANY_ARRAYS)
+def test_in_bfloat16_numbers_are_rounded_once_and_integers_are_not(sent):
+    _, arrived = TRUSTED["c"].unpack(UNTRUSTED["c"].pack({}, sent))
+    with np.errstate(over="ignore", invalid="ignore"):  # A number beyond bfloat16's range becomes infinite.
+        rounded = [a.astype(rpc_codecs.BFLOAT16).astype(np.float32) if a.dtype == np.float32 else a for a in sent]
+    for one, other in zip(arrived, rounded, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+def test_what_the_trusted_side_has_read_the_other_side_cannot_change():
+    _, (first,) = TRUSTED["d"].unpack(UNTRUSTED["d"].pack({}, [np.arange(8)]))
+    UNTRUSTED["d"].pack({}, [np.zeros(8, np.int64)])
+    np.testing.assert_array_equal(first, np.arange(8))
+
+
+def test_a_message_larger_than_the_shared_memory_is_refused():
+    with pytest.raises(ValueError, match=r"take 70,000 bytes or more, and 65,536 are shared\."):
+        TRUSTED["d"].pack({}, [np.zeros(70_000, np.uint8)])
+
+
+def test_each_moment_of_a_call_belongs_to_one_phase():
+    call = Call(None, client=(0, 1, 3, 33, 39), sent=10, received=20, server=(6, 10, 15, 21, 22, 25))
+    expected = {"trusted": 1, "serialize": 2 + 3, "send": 3, "deserialize": 4 + 6, "copy": 5 + 1, "compute": 6}
+    assert call.phases() == {**expected, "receive": 8}
+    assert sum(call.phases().values()) == 39
+
+
+def test_measured_layers_stand_for_all_and_the_others_for_nothing():
+    stamps, server = (0, 1, 2, 8, 9), (3, 4, 5, 6, 7, 7.5)
+    calls = [Call(layer, stamps, sent=10, received=1, server=server) for layer in (None, 0, 1, 2, 3)]
+    account = Account(calls, rests=[(0, 1.0), (3, 100.0)], measured_layers=2, layers=4)
+    assert account.latency == pytest.approx(9 + 4 * 9 + 2 * 1.0)
+    assert (account.sent, account.received, account.count) == (50, 5, 5)
+
+
+@pytest.fixture(scope="module")
+def ladder_processes() -> Iterator[tuple]:
+    """The device server and the policies' processes, which import this checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        with rpc_ladder.processes() as made:
+            yield made
+
+
+@pytest.fixture(scope="module")
+def result(ladder_processes) -> dict:
+    """The whole ladder on the tiny model, its first rung scaled from one layer of two."""
+    setting = rpc_ladder.Setting(TINY, "float32", SEQ, frozenset("a"), 1)
+    found = rpc_ladder.run(setting, rpc_ladder.RUNGS, 2, *ladder_processes)
+    return {**found, "ckpt": "tiny", "device": {"platform": "cpu", "kind": "cpu"}}
+
+
+def rows(result: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_all_rungs_have_the_same_logits(result):
+    assert {"a", "b", "b-tcp", "c", "d", "e", "plain"} <= set(rows(result))
+    for row in result["rows"]:
+        assert row["distance"] <= row["tolerance"], row["title"]
+    # The comparison would see a rung that computed something else.
+    assert rows(result)["c"]["distance"] > rpc_ladder.TOLERANCE_FLOAT32
+
+
+def test_the_predecessor_makes_six_calls_a_layer_and_two(result):
+    found = {name: row["calls"].median for name, row in rows(result).items()}
+    assert {found[name] for name in ("a", "b", "b-tcp", "c", "d")} == {6 * TINY.num_layers + 2}
+    assert found["e"] == TINY.num_layers + 2
+    assert found["plain"] == 0
+    assert found.get("split", 4 * TINY.num_layers + 1) == 4 * TINY.num_layers + 1
+
+
+def test_lists_take_two_to_three_times_the_bytes_and_bfloat16_half(result):
+    moved = {name: row["sent"].median + row["received"].median for name, row in rows(result).items()}
+    # Nine bytes for a number of four; small integers and headers move the ratio a little.
+    assert 2.1 < moved["a"] / moved["b"] < 2.4
+    assert 0.5 < moved["c"] / moved["b"] < 0.6
+    assert moved["d"] == pytest.approx(moved["b"], rel=0.05)
+    assert moved["e"] < moved["d"] / 4
+
+
+def test_phases_add_up_to_the_latency(result):
+    for row in result["rows"]:
+        # Of two samples the median is the mean, so that the sum of medians is the median of sums.
+        assert sum(phase.median for phase in row["phases"].values()) == pytest.approx(row["latency"].median)
+
+
+def test_the_account_of_a_forward_is_all_of_it(ladder_processes):
+    server, _ = ladder_processes
+    server.share(largest_message(TINY, SEQ))
+    server.ask("load", TINY.to_dict(), "float32", 0)
+    client = TrustedClient(TINY, server, 0)
+    client.forward(SETTING.tokens, Channel("b"))
+    began = time.perf_counter()
+    _, account = client.forward(SETTING.tokens, Channel("b"))
+    whole = time.perf_counter() - began
+    # Outside of it are two small messages, for the server's stamps; on a busy machine they wait for their turn.
+    assert account.latency < whole < account.latency + 0.5
+    assert set(account.phases) == set(PHASES)
+    # One clock for both processes: nothing arrives before it was sent.
+    assert all(seconds >= 0 for call in account.calls for seconds in call.phases().values())
+    assert sum(account.phases[name] > 0 for name in PHASES) == len(PHASES)
+
+
+def test_a_call_that_does_not_exist_ends_the_program_with_the_servers_words(ladder_processes):
+    server, _ = ladder_processes
+    frame = server.codecs["b"].pack({"name": "nonsense", "layer": 0}, [])
+    with pytest.raises(SystemExit, match=r"the device server refuses: AttributeError: .*nonsense"):
+        server.exchange(server.sockets["ipc"], "b", frame)
+
+
+def test_products_are_timed_without_the_time_of_what_they_wait_behind(monkeypatch):
+    monkeypatch.setattr(rpc_model, "PLUG_SIZE", 8)
+    products = rpc_model.Products(TINY, "float32", 0)
+    assert len(list(products._runs("calls", SEQ))) == 6 * TINY.num_layers + 2
+    assert len(list(products._runs("last", SEQ))) == 5 * TINY.num_layers + 2
+    for kind in ("calls", "layers", "last"):
+        assert products.arithmetic(kind, SEQ) > 0
+    waits: list[float] = []
+    # A run that keeps the host as long as a launch would: it is in the time behind the plug, and not in the plug's own.
+    assert products._queued([lambda: waits.append(time.sleep(0.2) or 1.0)]) > 0.2 > products._queued([])
+    assert waits == [1.0]
+
+
+def test_the_report_says_what_was_scaled_and_that_nothing_is_claimed(result):
+    text = rpc_report.report(result)
+    assert "(a) msgpack of lists, ipc [scaled from 1 layer]" in text
+    assert "(b) msgpack of bytes, ipc [scaled" not in text
+    assert "no confidentiality claim: a, b, b-tcp, c, d, e," in text
+    for why in result["left_out"].values():
+        assert f"Left out: {why}" in text
+
+
+def test_the_picture_has_every_rung_and_phase(result, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib of the extra `bench`")
+    from matplotlib import rc_context
+    from rpc_plot import COLORS, plot
+
+    assert set(COLORS) == {phase for row in result["rows"] for phase in row["phases"]} | {"crossings", "program"}
+    with rc_context({"svg.fonttype": "none"}):  # Text stays text.
+        plot(tmp_path / "ladder.svg", result)
+    drawn = (tmp_path / "ladder.svg").read_text()
+    for row in result["rows"]:
+        assert row["title"] in drawn
+    assert "no confidentiality claim" in drawn
+
+
+def test_the_transport_diagnosis_needs_no_model(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    server = DeviceServer()
+    try:
+        server.share(40_000)
+        monkeypatch.setattr(rpc_transport, "COPY_BYTES", 1 << 20)
+        found = rpc_transport.diagnose(server, 1, message_bytes=40_000)
+    finally:
+        server.close()
+    assert [row["way"] for row in found["rows"]] == list(rpc_transport.WAYS)
+    assert all(row[step].median > 0 for row in found["rows"] for step in rpc_transport.STEPS)
+    assert "0 MB to another process and as much back" in rpc_transport.report(found)
