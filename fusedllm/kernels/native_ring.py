@@ -29,7 +29,7 @@ def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def encode(x: np.ndarray, pads: np.ndarray | None, masked: np.ndarray | None, scales: np.ndarray) -> np.ndarray:
-    """The codes of float32 `x` `[tokens, in]`, int8; writes the `scales` of tokens, and codes plus `pads` to `masked`."""
+    """The codes of float32 `x` `[tokens, in]`, int8; writes tokens' `scales`, and codes plus `pads` to `masked`."""
     _check(x, np.float32, x.shape)
     _check(scales, np.float32, (len(x), 1))
     for optional in (pads, masked):

@@ -1,4 +1,4 @@
-"""`ring_linear`: the product of int32 activations with int8 weights modulo 2^32, what a device computes of masked ones."""
+"""`ring_linear`: the product of int32 activations with int8 weights modulo 2^32, a device's part of a masked one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def split(x: Int32[Array, "tokens in"]) -> Int8[Array, "limbs tokens in"]:
     return jnp.moveaxis(limbs, -1, 0)
 
 
-def join(products: Int32[Array, "limbs *shape"]) -> Int32[Array, "*shape"]:
+def join(products: Int32[Array, "limbs tokens out"]) -> Int32[Array, "tokens out"]:
     """The sum of the products of limbs, each times its power of two, modulo 2^32."""
     shifted = [products[limb] << (8 * limb) for limb in range(LIMBS)]
     return (shifted[0] + shifted[1]) + (shifted[2] + shifted[3])

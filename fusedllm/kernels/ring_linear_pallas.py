@@ -41,8 +41,8 @@ class Blocks:
     stages: int
 
 
-# Reasoned, not measured, as those of `linear_pallas.py` are, whose tiles these are: a row of limbs costs what a token of
-# `w8a8` does.
+# Reasoned, not measured, as those of `linear_pallas.py` are, whose tiles these are: a row of limbs costs what a token
+# of `w8a8` does.
 BLOCKS = (
     Blocks(up_to=4, tokens=4, rows=64, columns=128, programs=264, warps=4, stages=4),
     Blocks(up_to=16, tokens=16, rows=64, columns=64, programs=132, warps=4, stages=4),

@@ -69,7 +69,9 @@ def quantize(
     magnitude = np.abs(wide).max(axis=-1, keepdims=True)
     finite = np.isfinite(magnitude)
     coded = finite & (magnitude >= np.float32(SMALLEST_TOKEN))
-    scale = np.where(coded, magnitude * np.float32(1 / LARGEST_CODE), np.where(finite, np.float32(0), np.float32(np.nan)))
+    scale = np.where(
+        coded, magnitude * np.float32(1 / LARGEST_CODE), np.where(finite, np.float32(0), np.float32(np.nan))
+    )
     inverse = np.divide(np.float32(LARGEST_CODE), magnitude, out=np.zeros_like(magnitude), where=coded)
     codes = np.rint(np.where(coded, wide, np.float32(0)) * inverse)
     return codes.astype(np.int8), scale.astype(np.float32)
