@@ -41,6 +41,17 @@ def ring_linear(
       ImplementationError: `implementation` names one that does not exist or can't run here.
       ValueError: `x` is not int32, or the weight is not an int8 matrix `[out, in]` of 1 to 65,536 columns for this `x`.
     """
+    _check(x, weight)
+    implementations: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+        "xla": _ring_linear_xla,
+        "ffi": _ring_linear_ffi,
+        "pallas": _ring_linear_pallas,
+    }
+    product = choose("ring_linear", implementations, implementation)(x.reshape(-1, x.shape[-1]), weight)
+    return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check(x: jax.Array, weight: jax.Array) -> None:
     fits = len(weight.shape) == 2 and x.ndim > 0 and weight.shape[1] == x.shape[-1] and 0 not in weight.shape
     if not fits or x.dtype != jnp.int32 or weight.dtype != jnp.int8:
         raise ValueError(
@@ -52,13 +63,6 @@ def ring_linear(
             f"ring_linear: int32 holds the sums of {MOST_INTEGER_COLUMNS} columns, and this weight has "
             f"{weight.shape[1]}."
         )
-    implementations: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-        "xla": _ring_linear_xla,
-        "ffi": _ring_linear_ffi,
-        "pallas": _ring_linear_pallas,
-    }
-    product = choose("ring_linear", implementations, implementation)(x.reshape(-1, x.shape[-1]), weight)
-    return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def split(x: Int32[Array, "tokens in"]) -> Int8[Array, "limbs tokens in"]:
@@ -76,7 +80,7 @@ def join(products: Int32[Array, "limbs tokens out"]) -> Int32[Array, "tokens out
 def _ring_linear_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
     limbs = split(x).reshape(-1, x.shape[1])
     products = jnp.dot(limbs, weight.T, preferred_element_type=jnp.int32)
-    return join(products.reshape(LIMBS, len(x), -1))
+    return join(products.reshape(LIMBS, len(x), len(weight)))
 
 
 def _ring_linear_ffi(x: jax.Array, weight: jax.Array) -> jax.Array:

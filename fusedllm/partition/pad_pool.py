@@ -98,7 +98,8 @@ class PadPool:
 
     def fill(self) -> None:
         """The offline phase at once: makes what is missing of every site, in the caller's thread."""
-        for supply in self._supplies.values():
+        for site in self._supplies:
+            supply = self._supply(site)
             while True:
                 with self._changed:
                     self._refuse_closed()

@@ -99,11 +99,11 @@ def scale(
 def range_bound(weight: Int8[np.ndarray, "out in"]) -> int:
     """The largest magnitude of an honest sum: 127 times the largest sum of a row's magnitudes.
 
-    At most 127 * 127 * in where weights are those of `w8a8`, and less than 2^30, so that a sum to which 2^31 was added,
-    or a multiple of 2^31 - 1, is outside.
+    At most 127 * 127 * in where weights are those of `w8a8`, and less than 2^30 of any, so that a sum to which 2^31 was
+    added, or a multiple of 2^31 - 1, is outside.
 
     Raises:
-      ValueError: the weight is no int8 matrix of at most 65,536 columns, or its sums may reach 2^30.
+      ValueError: the weight is no int8 matrix of at most 65,536 columns.
     """
     if weight.dtype != np.int8 or weight.ndim != 2 or not 0 < weight.shape[1] <= MOST_COLUMNS:
         raise ValueError(
@@ -116,8 +116,6 @@ def range_bound(weight: Int8[np.ndarray, "out in"]) -> int:
     for first in range(0, len(weight), part):
         rows = np.abs(weight[first : first + part].astype(np.int16))
         largest = max(largest, int(rows.sum(axis=1, dtype=np.int64).max()))
-    if LARGEST_CODE * largest >= 2**30:
-        raise ValueError(f"sums of codes with this weight may reach {LARGEST_CODE * largest}, 2^30 or more.")
     return LARGEST_CODE * largest
 
 
