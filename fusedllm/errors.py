@@ -63,3 +63,19 @@ class PolicyError(FusedLLMError):
 
 class CompileForbiddenError(FusedLLMError):
     """Something compiled inside `forbid_compile()`; the message names the program and its shape."""
+
+
+class BoundaryError(FusedLLMError):
+    """The boundary between the trusted side and the device can't be crossed; nothing was sent under a used pad."""
+
+
+class PadReuseError(BoundaryError):
+    """A pad was about to hide a second message, or to leave the process that drew it; the message says which."""
+
+
+class PadExhaustedError(BoundaryError):
+    """There are not as many pads as a product needs, and none came in time; the message says how to have more."""
+
+
+class IntegrityError(BoundaryError):
+    """A product that came back from the device is not the one that was asked for; the session is over."""

@@ -23,6 +23,8 @@ TESTS = [
     "test_rows.py",
     "test_cached_attention.py",
     "test_quantize_kernel.py",
+    "test_ring_linear.py",
+    "test_ring.py",
 ]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
 

@@ -14,7 +14,14 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ("fusedllm.calibrate.rotate", "fusedllm.kernels", "fusedllm.model.rope", "fusedllm.model.transformer")
+CHECKED = (
+    "fusedllm.calibrate.rotate",
+    "fusedllm.kernels",
+    "fusedllm.model.rope",
+    "fusedllm.model.transformer",
+    "fusedllm.partition.integrity",
+    "fusedllm.partition.ring",
+)
 
 # Every shape annotation in these rooms is checked at run time, in every test.
 with install_import_hook(CHECKED, "beartype.beartype"):
@@ -23,7 +30,9 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     import fusedllm.kernels.embed
     import fusedllm.kernels.linear
     import fusedllm.model.rope
-    import fusedllm.model.transformer  # noqa: F401
+    import fusedllm.model.transformer
+    import fusedllm.partition.integrity
+    import fusedllm.partition.ring  # noqa: F401
 
 from fusedllm.config import ModelConfig
 from fusedllm.engine.config import EngineConfig

@@ -31,6 +31,7 @@ HANDLERS = (
     "fusedllm_swiglu",
     "fusedllm_quantize",
     "fusedllm_dequantize",
+    "fusedllm_ring_linear",
 )
 
 # Best first.
@@ -45,7 +46,7 @@ MOST_THREADS = 256
 
 # Changes with every change of a handler's operands or of their dtypes, in `cpu/isa.cc` too: a library of another age is
 # not used.
-INTERFACE = 7
+INTERFACE = 8
 
 
 class MissingKernelsWarning(UserWarning):

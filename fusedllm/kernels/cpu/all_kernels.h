@@ -11,11 +11,12 @@
 #include "draw_kernel.h"
 #include "rows_kernel.h"
 #include "grouping_kernel.h"
+#include "ring_kernel.h"
 
 constexpr Kernels kTable = {
     kName, token_block, quantize, interleave, packed_product, quantize_tokens, integer_product, float_product,
     interleave_pairs, bfloat16_product, float_vector_product,
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
     merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu, encode_span,
-    decode_span,
+    decode_span, split_limbs, ring_product, ring_encode, ring_decode, residue, residue_of_codes,
 };

@@ -350,3 +350,53 @@ inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
 struct Scales { Floats value; };
 inline Scales scales_of(Floats value) { return {value}; }
 inline Floats times_power(const Scales& scales, const float* power) { return multiply(scales.value, broadcast(*power)); }
+
+inline Ints load_ints(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline void store_ints(int32_t* p, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.low);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.high);
+}
+inline Ints load_first_ints(const int32_t* p, int count) {
+  const Ints mask = first_lanes(count);
+  return {_mm256_maskload_epi32(p, mask.low), _mm256_maskload_epi32(p + 8, mask.high)};
+}
+inline void store_first_ints(int32_t* p, Ints x, int count) {
+  const Ints mask = first_lanes(count);
+  _mm256_maskstore_epi32(p, mask.low, x.low);
+  _mm256_maskstore_epi32(p + 8, mask.high, x.high);
+}
+
+// Products modulo 2^32 (ring_kernel.h): two signed limbs of sixteen bits and widened weights, as sums of two products of
+// bytes overflow this instruction set's sixteen bits. Half the instructions of 32-bit products.
+using Limb = int16_t;
+constexpr int kLimbs = 2;
+constexpr int kLimbBits = 16;
+constexpr int kRingColumns = 16;
+constexpr int kRingTokens = 2;
+constexpr int kRingRows = 2;
+constexpr int kLoneRingRows = 4;
+using LimbVector = __m256i;
+using RingWeights = __m256i;
+using RingSum = __m256i;
+inline LimbVector load_limbs(const Limb* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline RingWeights load_ring_weights(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline RingWeights load_first_ring_weights(const int8_t* p, int count) {
+  int8_t few[16] = {};
+  __builtin_memcpy(few, p, static_cast<size_t>(count));
+  return load_ring_weights(few);
+}
+inline RingSum ring_zeros() { return _mm256_setzero_si256(); }
+inline RingSum ring_dot(RingSum sum, LimbVector x, RingWeights weights) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(x, weights));
+}
+inline int32_t ring_total(const RingSum* sums) {
+  const __m256i eight = _mm256_add_epi32(sums[0], _mm256_slli_epi32(sums[1], 16));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}

@@ -271,3 +271,46 @@ inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
     }
   }
 }
+
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+inline Ints load_first_ints(const int32_t* p, int count) {
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p);
+}
+inline void store_first_ints(int32_t* p, Ints x, int count) {
+  _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1), x);
+}
+
+// Products modulo 2^32 (ring_kernel.h): four limbs of a byte. The instruction takes unsigned bytes on one side and
+// signed ones on the other, which is what limbs and weights are, and does not saturate.
+using Limb = uint8_t;
+constexpr int kLimbs = 4;
+constexpr int kLimbBits = 8;
+constexpr int kRingColumns = 64;
+// 24 sums, three vectors of weights and one of limbs.
+constexpr int kRingTokens = 2;
+constexpr int kRingRows = 3;
+constexpr int kLoneRingRows = 4;
+using LimbVector = __m512i;
+using RingWeights = __m512i;
+using RingSum = __m512i;
+inline LimbVector load_limbs(const Limb* p) { return _mm512_loadu_si512(p); }
+inline RingWeights load_ring_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+inline RingWeights load_first_ring_weights(const int8_t* p, int count) {
+  return _mm512_maskz_loadu_epi8((uint64_t{1} << count) - 1, p);
+}
+inline RingSum ring_zeros() { return _mm512_setzero_si512(); }
+inline RingSum ring_dot(RingSum sum, LimbVector x, RingWeights weights) {
+  // Written out, as compilers copy a sum before the instruction that adds to it.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
+  return sum;
+}
+inline int32_t ring_total(const RingSum* sums) {
+  const __m512i odd = _mm512_add_epi32(sums[1], _mm512_slli_epi32(sums[3], 16));
+  const __m512i even = _mm512_add_epi32(sums[0], _mm512_slli_epi32(sums[2], 16));
+  const __m512i all = _mm512_add_epi32(even, _mm512_slli_epi32(odd, 8));
+  const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}

@@ -223,8 +223,15 @@ inline Ints to_ints(Floats x) {
   return each_int([&](int i) { return static_cast<int32_t>(rounded.lane[i]); });
 }
 inline Floats to_floats(Ints x) { return each([&](int i) { return static_cast<float>(x.lane[i]); }); }
-inline Ints add(Ints a, Ints b) { return each_int([&](int i) { return a.lane[i] + b.lane[i]; }); }
-inline Ints subtract(Ints a, Ints b) { return each_int([&](int i) { return a.lane[i] - b.lane[i]; }); }
+// Modulo 2^32, as the processors' instructions have it; the language defines that of unsigned numbers only.
+inline int32_t wrapped(uint32_t x) { return static_cast<int32_t>(x); }
+inline uint32_t unsigned_of(int32_t x) { return static_cast<uint32_t>(x); }
+inline Ints add(Ints a, Ints b) {
+  return each_int([&](int i) { return wrapped(unsigned_of(a.lane[i]) + unsigned_of(b.lane[i])); });
+}
+inline Ints subtract(Ints a, Ints b) {
+  return each_int([&](int i) { return wrapped(unsigned_of(a.lane[i]) - unsigned_of(b.lane[i])); });
+}
 inline Ints maximum(Ints a, Ints b) { return each_int([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Ints broadcast_int(int32_t x) { return each_int([&](int) { return x; }); }
 template <int kBits>
@@ -272,3 +279,46 @@ inline void dot_group(const Bytes (&weights)[8], const int8_t* x, Ints* sums) {
 struct Scales { Floats value; };
 inline Scales scales_of(Floats value) { return {value}; }
 inline Floats times_power(const Scales& scales, const float* power) { return multiply(scales.value, broadcast(*power)); }
+
+inline Ints load_ints(const int32_t* p) {
+  Ints result;
+  __builtin_memcpy(result.lane, p, sizeof result.lane);
+  return result;
+}
+inline void store_ints(int32_t* p, Ints x) { __builtin_memcpy(p, x.lane, sizeof x.lane); }
+inline Ints load_first_ints(const int32_t* p, int count) {
+  return each_int([&](int i) { return i < count ? p[i] : 0; });
+}
+inline void store_first_ints(int32_t* p, Ints x, int count) {
+  for (int i = 0; i < count; ++i) p[i] = x.lane[i];
+}
+
+// Products modulo 2^32 (ring_kernel.h): one limb, the number itself.
+using Limb = int32_t;
+constexpr int kLimbs = 1;
+constexpr int kLimbBits = 32;
+constexpr int kRingColumns = 16;
+constexpr int kRingTokens = 2;
+constexpr int kRingRows = 2;
+constexpr int kLoneRingRows = 4;
+using LimbVector = Ints;
+using RingWeights = Ints;
+using RingSum = Ints;
+inline LimbVector load_limbs(const Limb* p) { return load_ints(p); }
+inline RingWeights load_ring_weights(const int8_t* p) {
+  return each_int([&](int i) { return static_cast<int32_t>(p[i]); });
+}
+inline RingWeights load_first_ring_weights(const int8_t* p, int count) {
+  return each_int([&](int i) { return i < count ? static_cast<int32_t>(p[i]) : 0; });
+}
+inline RingSum ring_zeros() { return int_zeros(); }
+inline RingSum ring_dot(RingSum sum, LimbVector x, RingWeights weights) {
+  return each_int([&](int i) {
+    return wrapped(unsigned_of(sum.lane[i]) + unsigned_of(x.lane[i]) * unsigned_of(weights.lane[i]));
+  });
+}
+inline int32_t ring_total(const RingSum* sums) {
+  uint32_t total = 0;
+  for (int i = 0; i < 16; ++i) total += unsigned_of(sums[0].lane[i]);
+  return wrapped(total);
+}

@@ -95,6 +95,44 @@ struct Grouping {
   bool wide;
 };
 
+// A product modulo 2^32: `weight` is [rows][width], `limbs` [tokens][4 * padded] bytes as `split_limbs` makes them
+// of int32 x [tokens][width], and `out` [tokens][rows].
+struct RingProduct {
+  const int8_t* weight;
+  uint8_t* limbs;
+  int64_t tokens;
+  int64_t rows;
+  int64_t width;
+  int64_t padded;  // width, rounded up to a multiple of kRingPadding
+  int32_t* out;
+};
+
+// Limbs fill whole vectors of every variant; together they take the four bytes of their number.
+constexpr int64_t kRingPadding = 64;
+
+// Activations [tokens][width] on their way out of the trusted side (`partition/ring.py`); pointers but x and scales may
+// be null.
+struct RingEncoding {
+  const float* x;
+  const int32_t* pads;  // [tokens][width]
+  int64_t width;
+  int32_t* masked;  // codes plus pads modulo 2^32
+  int8_t* codes;
+  float* scales;  // [tokens]
+};
+
+// Sums [tokens][width] on their way back; `pads`, `integers` and `out` may be null.
+struct RingDecoding {
+  const int32_t* sums;
+  const int32_t* pads;         // what pads made of the sums
+  const float* token_scales;   // [tokens]
+  const float* output_scales;  // [width]
+  int64_t width;
+  int32_t bound;      // of magnitudes
+  int32_t* integers;  // sums less pads modulo 2^32
+  float* out;
+};
+
 struct Kernels {
   const char* name;
   // How many of `remaining` tokens the next block holds.
@@ -153,6 +191,17 @@ struct Kernels {
                          double* sums);
   // The other way.
   void (*decode_span)(const Grouping& of, int64_t row, int64_t begin, int64_t end, float* scratch);
+  // The limbs of tokens [first, last) of x.
+  void (*split_limbs)(const int32_t* x, const RingProduct& to, int64_t first, int64_t last);
+  // Rows [first_row, last_row) for tokens [first, last).
+  void (*ring_product)(const RingProduct& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last);
+  // Tokens [first, last) on their way out.
+  void (*ring_encode)(const RingEncoding& of, int64_t first, int64_t last);
+  // And back; whether no magnitude is above the bound.
+  bool (*ring_decode)(const RingDecoding& of, int64_t first, int64_t last);
+  // The sum of x[i] * secret[i] modulo 2^31 - 1, of secrets below that.
+  uint32_t (*residue)(const int32_t* x, const uint32_t* secret, int64_t width);
+  uint32_t (*residue_of_codes)(const int8_t* x, const uint32_t* secret, int64_t width);
 };
 
 const Kernels* portable_kernels();
