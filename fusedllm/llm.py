@@ -79,7 +79,8 @@ def load(
         hidden size is 2,048 or more, and 16 for smaller ones, which are more easily disturbed.
       threads: how many threads the native kernels of this process use; by default all cores that it may use.
       policy: which part runs where (`fusedllm.partition.policies`): `plain` is one fused program, and no
-        confidentiality claim; `split` has everything but the products on the CPU, and no claim either; `trusted` runs
+        confidentiality claim; `split` has everything but the products on the CPU, and no claim either; `masked` hides
+        what the products see, `verify` checks them and `masked+verify` does both, for models of `w8a8`; `trusted` runs
         on the CPU alone.
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.

@@ -83,7 +83,7 @@ def test_a_policy_says_what_it_does_not_claim(split, tiny_llm):
     assert "in the clear" in split.boundary_report()
     assert tiny_llm.boundary.total().count == 0
     for name, policy in POLICIES.items():
-        assert (policy.claim == NO_CLAIM) == (name != "trusted")
+        assert (NO_CLAIM in policy.claim) == (name in ("plain", "split", "verify"))
     assert set(CLI_POLICIES) == set(POLICIES)
 
 
@@ -93,7 +93,7 @@ def test_trusted_answers_as_plain_does(tiny_llm):
 
 
 def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(PolicyError, match="no policy 'secret'; known are plain, split, trusted"):
+    with pytest.raises(PolicyError, match="no policy 'secret'; known are plain, split, masked, verify"):
         find("secret")
 
 

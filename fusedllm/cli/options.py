@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fusedllm.weights.checkpoint import Checkpoint
 
 # Those of `fusedllm.partition.policies`, which would import jax.
-POLICIES = ("plain", "split", "trusted")
+POLICIES = ("plain", "split", "masked", "verify", "masked+verify", "trusted")
 
 DEFAULT_CKPT = "smollm2-135m"
 
@@ -49,7 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         default="plain",
         choices=POLICIES,
-        help="which part runs where; only `trusted` keeps anything from who runs the accelerator (docs/trust.md)",
+        help="which part runs where, and so what whoever runs the accelerator sees (default plain: everything)",
     )
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")

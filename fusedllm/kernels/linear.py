@@ -90,8 +90,9 @@ def _linear_xla(
 
 
 def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeLike) -> jax.Array:
-    if isinstance(weight, QuantArray) and _sums_integers(weight):
-        return _integer_product(x, weight).astype(out_dtype)
+    integers = integer_codes(weight)
+    if integers is not None:
+        return _integer_product(x, *integers).astype(out_dtype)
     matrix = weight.dequantize(x.dtype) if isinstance(weight, QuantArray) else weight.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # The default lets a GPU round float32 operands to TF32.
@@ -107,12 +108,19 @@ def _sums_integers(weight: QuantArray) -> bool:
     return isinstance(weight.scheme, GroupedScheme | PackedScheme) and weight.scheme.sums_integers
 
 
-def _integer_product(x: jax.Array, weight: QuantArray) -> jax.Array:
+def integer_codes(weight: jax.Array | QuantArray) -> tuple[jax.Array, jax.Array] | None:
+    """The codes of a weight whose products are sums of integers (`w8a8`), int8 `[out, in]`, and the scales of its
+    rows, float32 `[out]`; `None` for any other weight.
+    """
+    if not isinstance(weight, QuantArray) or not _sums_integers(weight):
+        return None
     if isinstance(weight.scheme, PackedScheme):
-        matrix, scales = weight.scheme.integers(weight)
-    else:
-        assert weight.scales is not None
-        matrix, scales = unpack(jnp, weight.values, 8), weight.scales[:, 0].astype(jnp.float32)
+        return weight.scheme.integers(weight)
+    assert weight.scales is not None
+    return unpack(jnp, weight.values, 8), weight.scales[:, 0].astype(jnp.float32)
+
+
+def _integer_product(x: jax.Array, matrix: jax.Array, scales: jax.Array) -> jax.Array:
     codes, token_scales = round_activations(x.reshape(-1, x.shape[-1]))
     sums = jnp.dot(codes, matrix.T, preferred_element_type=jnp.int32).astype(jnp.float32)
     return (sums * token_scales * scales).reshape(*x.shape[:-1], matrix.shape[0])

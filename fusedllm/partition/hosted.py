@@ -34,6 +34,10 @@ class Boundary(Protocol):
         """Puts the weights of a site where the device can read them; what `cross` is given in place of each."""
         ...
 
+    def begin(self) -> None:
+        """After all weights are placed."""
+        ...
+
     def cross(self, site: Site, x: jax.Array, placed: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """`x @ w.T` for each weight of a site; `x` and the results are the trusted side's."""
         ...
@@ -58,6 +62,7 @@ class Hosted:
         (placed_head,) = self.boundary.place(Site("head"), (head,))
         layers = tuple(self._place_layer(index, layer) for index, layer in enumerate(params.layers))
         trusted = jax.device_put(replace(params, layers=(), head=None), self.trusted)
+        self.boundary.begin()
         return replace(trusted, layers=layers, head=placed_head)
 
     def _place_layer(self, index: int, layer: LayerParams) -> LayerParams:

@@ -9,7 +9,8 @@ import jax
 from fusedllm.errors import PolicyError
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
-from fusedllm.partition.hosted import Hosted
+from fusedllm.partition.hosted import Boundary, Hosted
+from fusedllm.partition.integer import IntegerBoundary
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.plain import Plain
 from fusedllm.partition.split import Split
@@ -36,18 +37,41 @@ class Policy:
     crosses: bool = False
 
 
+# What every policy leaks to whoever runs the accelerator, however well it hides the rest.
+LEAKS = "lengths, timing and the number of tokens leak"
+
+_REST = "everything but the products with weights: embedding, attention, KV cache, scales, sampling"
+
 POLICIES = {
     policy.name: policy
     for policy in (
         Policy("plain", "nothing", "weights, prompt, activations and output", NO_CLAIM),
+        Policy("split", _REST, "weights, and the activations of every product in the clear", NO_CLAIM, crosses=True),
         Policy(
-            "split",
-            "everything but the products with weights",
-            "weights, and the activations of every product, in the clear",
-            NO_CLAIM,
+            "masked",
+            _REST,
+            "weights, and integers that are uniform over the ring modulo 2^32",
+            f"prompt, activations and output are secret as far as the pads' cipher is; {LEAKS}",
             crosses=True,
         ),
-        Policy("trusted", "everything, on the CPU", "nothing", "weights, prompt, activations and output stay here"),
+        Policy(
+            "verify",
+            f"{_REST}; and it checks each product",
+            "weights, and the activations of every product in the clear, as integers",
+            f"{NO_CLAIM}; a wrong product passes with a probability below 2^-61",
+            crosses=True,
+        ),
+        Policy(
+            "masked+verify",
+            f"{_REST}; and it checks each product",
+            "weights, and integers that are uniform over the ring modulo 2^32",
+            f"prompt, activations and output are secret as far as the pads' cipher is; {LEAKS}; a wrong product passes "
+            "with a probability below 2^-61",
+            crosses=True,
+        ),
+        Policy(
+            "trusted", "everything, on the CPU", "nothing", f"weights, prompt, activations and output stay; {LEAKS}"
+        ),
     )
 }
 
@@ -86,7 +110,12 @@ def apply(name: str, params: Params, *, implementation: str | None, activation_b
             params = jax.device_put(params, jax.devices("cpu")[0])
         return Applied(policy, plain, params, Ledger())
     trusted, device = devices(name)
-    boundary = Split(device, trusted, precise=activation_bits == 16, implementation=implementation)
+    boundary: Boundary
+    if name == "split":
+        boundary = Split(device, trusted, precise=activation_bits == 16, implementation=implementation)
+    else:
+        masked, verified = "masked" in name, "verify" in name
+        boundary = IntegerBoundary(device, trusted, masked=masked, verified=verified, implementation=implementation)
     placement = Hosted(boundary, trusted)
     return Applied(policy, placement, placement.place(params), boundary.ledger)
 

@@ -39,6 +39,9 @@ class Split:
         placed: tuple[Weight, ...] = jax.device_put(weights, self._device)
         return placed
 
+    def begin(self) -> None:
+        """Nothing: there are no secrets."""
+
     def cross(self, site: Site, x: jax.Array, placed: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Sends `x` as it is, and takes the products."""
         with self.ledger.crossing(site.name) as crossing:

@@ -1,0 +1,171 @@
+"""`IntegerBoundary`: the products of `w8a8` on the device, as sums of integers: masked, checked, both, or neither.
+
+The trusted side rounds activations to codes, keeps all scales, and takes back sums of integers. With pads the device
+sees numbers that are uniform over the ring modulo 2^32 (`ring.py`, `pads.py`); with a verifier every product is checked
+(`integrity.py`). In every combination the trusted side gets the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from fusedllm.errors import BoundaryError, IntegrityError, PolicyError
+from fusedllm.kernels.linear import integer_codes
+from fusedllm.kernels.ring_linear import ring_linear
+from fusedllm.model.params import Weight
+from fusedllm.model.placement import Site
+from fusedllm.partition import ring
+from fusedllm.partition.integrity import Verifier
+from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.pad_pool import PadPool
+from fusedllm.partition.pad_supply import PoolLimits
+from fusedllm.partition.pads import site_name
+
+# A prompt's chunk needs a pad for each token: what the pool has not in store is made while the prompt waits.
+LIMITS = PoolLimits(exhausted="make")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The weights of one site, one below another, as the device and the trusted side have them.
+
+    Attributes:
+      site: whose.
+      there: int8 `[out, in]`, on the device.
+      scales: of the outputs, float32, of the trusted side.
+      ends: where each weight but the last ends among the outputs.
+      bound: the largest magnitude of an honest sum.
+    """
+
+    site: Site
+    there: jax.Array
+    scales: np.ndarray
+    ends: tuple[int, ...]
+    bound: int
+
+
+class IntegerBoundary:
+    """The boundary of the policies `masked`, `verify` and `masked+verify`.
+
+    Args:
+      device: where the products run.
+      trusted: where everything else does.
+      masked: whether pads hide what is sent.
+      verified: whether products are checked.
+      implementation: of `ring_linear`.
+    """
+
+    def __init__(
+        self,
+        device: jax.Device,
+        trusted: jax.Device,
+        *,
+        masked: bool,
+        verified: bool,
+        implementation: str | None = None,
+    ) -> None:
+        self.ledger = Ledger()
+        self.pool: PadPool | None = None
+        self.verifier: Verifier | None = None
+        self._device = device
+        self._trusted = trusted
+        self._masked = masked
+        self._verified = verified
+        self._product = jax.jit(lambda x, weight: ring_linear(x, weight, implementation=implementation))
+        self._weights: dict[Hashable, np.ndarray] = {}
+        self._step = 0
+
+    def place(self, site: Site, weights: tuple[Weight, ...]) -> tuple[Group, ...]:
+        """Puts the codes on the device; the scales stay here. The same group stands in place of each weight.
+
+        Raises:
+          PolicyError: a weight that has no codes of `w8a8`.
+        """
+        parts = [integer_codes(weight) for weight in weights]
+        if None in parts:
+            raise PolicyError(
+                f"the products of {site_name(site)} are not of w8a8, which masked and verified products are; quantize "
+                "the model first: fusedllm quantize SRC DST --scheme w8a8."
+            )
+        codes, scales = ([np.asarray(part[kind]) for part in parts if part is not None] for kind in (0, 1))
+        matrix = np.ascontiguousarray(np.concatenate(codes))
+        try:
+            bound = ring.range_bound(matrix)
+        except ValueError as error:
+            raise PolicyError(f"the products of {site_name(site)} can't be masked: {error}") from error
+        self._weights[site] = matrix
+        ends = tuple(itertools.accumulate(len(part) for part in codes))[:-1]
+        group = Group(site, jax.device_put(matrix, self._device), np.concatenate(scales), ends, bound)
+        return (group,) * len(weights)
+
+    def begin(self) -> None:
+        """After all weights are placed: draws the secrets, and begins to make pads."""
+        if self._masked:
+            self.pool = PadPool(self._weights, LIMITS)
+        if self._verified:
+            self.verifier = Verifier(self._weights)
+
+    def close(self) -> None:
+        """Overwrites the pads that wait; nothing can be masked any more."""
+        if self.pool is not None:
+            self.pool.close()
+
+    def cross(self, site: Site, x: jax.Array, placed: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+        """Sends codes, hidden where the policy says so, and takes sums, checked where it says so.
+
+        Raises:
+          IntegrityError: a product is not the one that was asked for; new secrets are drawn, nothing is sent again.
+          PadExhaustedError, PadReuseError: see `PadPool.take`.
+        """
+        group: Group = placed[0]
+        rows = np.asarray(x).reshape(-1, x.shape[-1])
+        if site.layer == 0 and site.name == "qkv":
+            self._step += 1
+        with self.ledger.crossing(site.name) as crossing:
+            decoded, codes = self._masked_sums(group, rows) if self._masked else self._sums(group, rows)
+            crossing.bytes_to_device = 4 * rows.size
+            crossing.bytes_to_host = decoded.sums.nbytes
+            self._check(group, codes, decoded)
+        parts = np.split(decoded.out, group.ends, axis=1)
+        return tuple(
+            jax.device_put(np.ascontiguousarray(part, x.dtype).reshape(*x.shape[:-1], -1), self._trusted)
+            for part in parts
+        )
+
+    def _masked_sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
+        if self.pool is None:
+            raise BoundaryError("the boundary has no pads yet: begin() comes first.")
+        with self.pool.take(group.site, len(rows)) as pads:
+            encoded = ring.encode(rows, pads.outgoing())
+            received = self._exchange(group, encoded.sent)
+            decoded = ring.decode(received, pads.incoming(), encoded.scales, group.scales, group.bound)
+        return decoded, encoded.codes
+
+    def _sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
+        encoded = ring.encode(rows)
+        received = self._exchange(group, encoded.sent)
+        return ring.decode(received, None, encoded.scales, group.scales, group.bound), encoded.codes
+
+    def _exchange(self, group: Group, sent: np.ndarray) -> np.ndarray:
+        """What the device makes of `sent`: the crossing itself, and all of it."""
+        there = jax.device_put(sent, self._device)
+        return np.asarray(jax.device_put(self._product(there, group.there), self._trusted))
+
+    def _check(self, group: Group, codes: np.ndarray, decoded: ring.Decoded) -> None:
+        if self.verifier is None:
+            if not decoded.in_range:
+                raise IntegrityError(
+                    f"a sum of {site_name(group.site)} is larger than it can be: the device did not compute it."
+                )
+            return
+        try:
+            self.verifier.check(group.site, self._step, codes, decoded.sums, in_range=decoded.in_range)
+        except IntegrityError:
+            self.verifier.rotate()
+            raise
