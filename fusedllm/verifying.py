@@ -153,8 +153,9 @@ def _ask(url: str, nonce: bytes, api_key: str | None, authorities: Path | None, 
             key = public_key_sha256(connection.sock.getpeercert(binary_form=True) or b"")
         prefix = urlsplit(url).path.rstrip("/").removesuffix("/v1")
         connection.request("GET", f"{prefix}{PATH}?nonce={nonce.hex()}", headers=headers)
-        response = connection.getresponse()
-        body = response.read(MAX_ANSWER_BYTES + 1)
+        # The connection forgets the response, and leaves it open where it was not read to its end.
+        with connection.getresponse() as response:
+            body = response.read(MAX_ANSWER_BYTES + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise AttestationError(f"{url} gives no attestation: {str(error) or type(error).__name__}.") from error
     finally:

@@ -16,10 +16,13 @@ from conftest import TINY
 from hypothesis import strategies as st
 from packing import blocks, raw
 
-from fusedllm.errors import AttestationError, RequestError
+from fusedllm.cli import main, serve
+from fusedllm.errors import AttestationError, RequestError, SettingsError
+from fusedllm.model.params import specs
 from fusedllm.partition import measure
 from fusedllm.partition.attestation import NO_KEY, parse_nonce, public_key_sha256, report_data
 from fusedllm.partition.manifest import Manifest
+from fusedllm.serve.settings import ServerSettings
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.convert import convert
 from fusedllm.weights.open import open_checkpoint
@@ -206,7 +209,6 @@ def test_the_weights_hash_streams(monkeypatch):
 
 
 def test_the_manifest_of_the_same_weights_is_the_same_in_another_format(tmp_path):
-    from fusedllm.model.params import specs
 
     random = np.random.default_rng(0)
     arrays = {name: random.standard_normal(spec.shape).astype(np.float32) for name, spec in specs(TINY).items()}
@@ -252,3 +254,29 @@ def test_the_code_hash_knows_every_file_and_its_name(tmp_path):
     (package / "simple.py").write_text((package / "simple.py").read_text() + "\n")
     assert len({first, renamed, measure.code_sha256(package)}) == 3
     assert measure.code_sha256() == measure.code_sha256()
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    random = np.random.default_rng(0)
+    arrays = {name: random.standard_normal(spec.shape).astype(np.float32) for name, spec in specs(TINY).items()}
+    convert(checkpoint_of(arrays), tmp_path / "tiny.arrow", format="arrow")
+    return tmp_path / "tiny.arrow"
+
+
+def test_the_command_prints_the_manifest_that_a_server_has(tiny_file, capsys, monkeypatch):
+    assert main.main(["manifest", "--ckpt", str(tiny_file)]) == 0
+    printed = Manifest.from_text(capsys.readouterr().out)
+    assert main.main(["manifest", "--ckpt", str(tiny_file), "--sha256"]) == 0
+    assert capsys.readouterr().out.strip() == printed.sha256.hex()
+    monkeypatch.setattr("fusedllm.attesting.available", lambda: True)
+    checkpoint = open_checkpoint(tiny_file)
+    assert serve._attested(ServerSettings(), checkpoint).manifest == printed
+    assert serve._attested(ServerSettings(), "tiny").manifest is None
+    monkeypatch.setattr("fusedllm.attesting.available", lambda: False)
+    assert serve._attested(ServerSettings(), checkpoint).manifest is None
+
+
+def test_a_setting_that_is_no_manifest_is_refused():
+    with pytest.raises(SettingsError, match="manifest must be a Manifest"):
+        ServerSettings(manifest=MANIFEST.text)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from fusedllm.errors import RequestError
 
+# The policies that keep something from the accelerator. A quote says which policy runs, and not what it is worth.
+POLICIES_WITH_A_CLAIM = ("masked", "masked+verify", "trusted")
+
 # How a measurement is called that was given without a name: the launch digest, whatever the hardware calls it.
 LAUNCH = "launch"
 
@@ -64,9 +67,11 @@ class Verdict:
         unchecked = sum(check.outcome is Outcome.UNCHECKED for check in self.checks)
         if not self.holds:
             return f"{failed} checks failed, {unchecked} were not made: no confidentiality claim."
+        held = "every check held: this TLS key belongs to the measured machine, which reports this manifest"
+        if self.policy in POLICIES_WITH_A_CLAIM:
+            return f"{held}, under the policy {self.policy}."
         return (
-            "every check held: this TLS key belongs to the measured machine, which reports the manifest above "
-            f"(policy {_printable(str(self.policy))})."
+            f"{held}; its policy {_printable(str(self.policy))} makes no confidentiality claim against the accelerator."
         )
 
 
