@@ -193,7 +193,8 @@ def _parse(body: bytes, key: bytes | None, url: str) -> _Answer:
         texts = [fields[name] for name in ("nonce", "provider", "manifest", "quote")]
         if not all(isinstance(text, str) for text in texts) or not isinstance(claimed, str | None):
             raise TypeError("a field has another type")
-        texts[2].encode()
+        # Half of a surrogate pair is JSON, and has no bytes.
+        "".join(texts).encode()
         quote = base64.b64decode(texts[3], validate=True)
     except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise AttestationError(f"{url} answered with what is no attestation: {error}.") from error
