@@ -79,3 +79,17 @@ class PadExhaustedError(BoundaryError):
 
 class IntegrityError(BoundaryError):
     """A product that came back from the device is not the one that was asked for; the session is over."""
+
+
+class AttestationUnavailable(FusedLLMError):  # noqa: N818
+    """There is nothing that could vouch for this process: no such hardware, no access to it, or no manifest."""
+
+
+class AttestationError(FusedLLMError):
+    """A quote could not be made, or what a server says of itself can't be read."""
+
+
+class VerificationError(FusedLLMError):
+    """Something that an attestation had to show did not hold, or could not be checked."""
+
+    exit_code = 1

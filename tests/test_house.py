@@ -33,10 +33,13 @@ MAY_IMPORT["stream"] = BELOW_THE_FACADE
 MAY_IMPORT["llm"] = BELOW_THE_FACADE | {"stream"}
 MAY_IMPORT["quantizing"] = BELOW_THE_FACADE
 MAY_IMPORT["sizing"] = BELOW_THE_FACADE
+# What a server says of itself, and what a client makes of it. A client needs no model, and must not load one.
+MAY_IMPORT["attesting"] = {"__init__", "errors", "partition", "weights"}
+MAY_IMPORT["verifying"] = {"errors", "partition"}
 MAY_IMPORT["__init__"] = BELOW_THE_FACADE | {"llm", "quantizing"}
 FACES = GROUND | {"__init__", "compilation_cache", "llm", "stream", "quantizing", "engine", "weights"}
-MAY_IMPORT["cli"] = FACES | {"calibrate", "sizing", "serve"}
-MAY_IMPORT["serve"] = FACES | {"text"}
+MAY_IMPORT["cli"] = FACES | {"calibrate", "sizing", "serve", "attesting", "verifying"}
+MAY_IMPORT["serve"] = FACES | {"text", "attesting"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -104,7 +107,15 @@ def test_every_file_says_its_purpose_first():
 
 
 @pytest.mark.parametrize(
-    "statement", ["import fusedllm", "import fusedllm.cli.main", "import fusedllm.config", "import fusedllm.serve"]
+    "statement",
+    [
+        "import fusedllm",
+        "import fusedllm.cli.main",
+        "import fusedllm.config",
+        "import fusedllm.serve",
+        "import fusedllm.attesting",
+        "import fusedllm.verifying",
+    ],
 )
 def test_importing_loads_no_jax(statement):
     code = f"{statement}\nimport sys\nassert 'jax' not in sys.modules and 'numpy' not in sys.modules"

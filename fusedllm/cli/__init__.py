@@ -1,1 +1,1 @@
-"""The command line: `fusedllm generate | serve | perplexity | convert | pull | models`. One file a command."""
+"""The command line, `fusedllm COMMAND`. One file a command; `main.COMMANDS` has them all."""

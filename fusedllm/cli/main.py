@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Sequence
 
 from fusedllm import __version__
-from fusedllm.cli import convert, generate, models, perplexity, quantize, serve
+from fusedllm.cli import convert, generate, manifest, models, perplexity, quantize, serve, verify
 from fusedllm.errors import FusedLLMError
 
-COMMANDS = (generate, serve, perplexity, convert, quantize, models.PULL, models.LIST)
+COMMANDS = (generate, serve, perplexity, convert, quantize, manifest, verify, models.PULL, models.LIST)
 
 # What a shell reports for a process that SIGINT ended.
 INTERRUPTED = 130

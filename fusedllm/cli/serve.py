@@ -11,13 +11,17 @@ from fusedllm.cli.options import add_model_arguments, load_model
 from fusedllm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from fusedllm.llm import LLM
+    from fusedllm.engine.config import EngineConfig
     from fusedllm.serve.settings import ServerSettings
+    from fusedllm.weights.checkpoint import Checkpoint
 
 NAME = "serve"
 HELP = "serve a model over HTTP, as OpenAI does"
 
 DEFAULT_MAX_BATCH = 16
+
+# The only one that there is.
+POLICY = "plain"
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -50,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cors-origin", action="append", dest="cors_origins", metavar="ORIGIN",
         help="of web pages that may ask from a browser, as in https://chat.example.org; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-attestation", action="store_true",
+        help="in a confidential VM, don't read the weights once more at the start to vouch for them",
     )  # fmt: skip
     group = parser.add_argument_group("access")
     group.add_argument(
@@ -86,7 +94,10 @@ def run(options: argparse.Namespace) -> None:
     from fusedllm.serve.server import run as serve
 
     check_certificate(settings)
-    serve(_load(options, buckets), settings, block=True)
+    checkpoint, engine = _sized(options, buckets)
+    if not options.no_attestation:
+        settings = _attested(settings, checkpoint)
+    serve(load_model(options, checkpoint, engine), settings, block=True)
 
 
 def settings_of(options: argparse.Namespace) -> ServerSettings:
@@ -112,12 +123,22 @@ def batch_buckets(most: int) -> tuple[int, ...]:
     return (*(power for power in powers if power < most), most)
 
 
-def _load(options: argparse.Namespace, buckets: tuple[int, ...]) -> LLM:
-    """The model, with a KV cache of the size that was asked for or that there is memory for."""
+def _attested(settings: ServerSettings, source: str | Path | Checkpoint) -> ServerSettings:
+    """`settings` with the manifest of what is served, where there is hardware to vouch for it."""
+    from fusedllm.attesting import available, manifest_of
+
+    # (Random weights are nobody's, and not read from anywhere.)
+    if isinstance(source, (str, Path)) or not available():
+        return settings
+    return dataclasses.replace(settings, manifest=manifest_of(source, POLICY, progress=True))
+
+
+def _sized(options: argparse.Namespace, buckets: tuple[int, ...]) -> tuple[str | Path | Checkpoint, EngineConfig]:
+    """The checkpoint, and an engine with a KV cache of the size that was asked for or that there is memory for."""
     from fusedllm.sizing import CacheSize, fitting_engine
 
     size = CacheSize(options.memory_fraction, options.cache_memory, options.cache_tokens)
-    checkpoint, engine = fitting_engine(
+    return fitting_engine(
         options.ckpt,
         size,
         batch_buckets=buckets,
@@ -129,7 +150,6 @@ def _load(options: argparse.Namespace, buckets: tuple[int, ...]) -> LLM:
         random_weights=options.random_weights,
         progress=True,
     )
-    return load_model(options, checkpoint, engine)
 
 
 def _bytes(text: str) -> int:

@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from fusedllm import __version__
+from fusedllm.attesting import Attester
 from fusedllm.llm import LLM
-from fusedllm.serve import chat, completions, errors, health, metrics, models, page
+from fusedllm.serve import attestation, chat, completions, errors, health, metrics, models, page
 from fusedllm.serve.settings import ServerSettings
 from fusedllm.serve.state import ServerState
 
@@ -19,10 +20,11 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     # Its pages for browsing the API load scripts from elsewhere, so there are none.
     # And no redirects: behind a proxy that ends TLS they would lead away from it.
     app = FastAPI(title="fusedllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.server = ServerState(llm, settings, metrics.Metrics(llm))
+    quoting = attestation.Quoting(Attester(settings.manifest, settings.certificate))
+    app.state.server = ServerState(llm, settings, metrics.Metrics(llm), quoting)
     errors.install(app)
-    for router in (completions.router, chat.router, models.router, metrics.router, health.router, page.router):
-        app.include_router(router)
+    for part in (completions, chat, models, attestation, metrics, health, page):
+        app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

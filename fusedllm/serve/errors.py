@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from fusedllm.errors import (
+    AttestationError,
+    AttestationUnavailable,
     ContextLengthError,
     EngineStoppedError,
     FusedLLMError,
@@ -99,6 +101,10 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(503, _sentence(error), UNAVAILABLE, "queue_full", headers=RETRY_AFTER)
         case EngineStoppedError():
             return APIError(503, _sentence(error), UNAVAILABLE, "engine_stopped", headers=RETRY_AFTER)
+        case AttestationUnavailable():
+            return APIError(501, _sentence(error), SERVER, "attestation_unavailable")
+        case AttestationError():
+            return APIError(503, _sentence(error), UNAVAILABLE, "attestation_failed", headers=RETRY_AFTER)
         case RecursionError():
             return bad_request("the body is nested too deeply.")
         case FusedLLMError():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fusedllm.attesting import Manifest
 from fusedllm.errors import SettingsError
 from fusedllm.serve.keys import KeyDigest
 
@@ -46,6 +47,7 @@ class ServerSettings:
       model_name: the name under which the model is served; `None` leaves it to the app.
       prefix_cache_per_key: callers don't share pages of their prompts, so that nobody learns by the clock what another
         key has asked.
+      manifest: what `/v1/attestation` vouches for (`fusedllm.attesting.manifest_of`); `None` for nothing.
 
     Raises:
       SettingsError: a value out of its range, or one that contradicts another.
@@ -73,6 +75,7 @@ class ServerSettings:
     log_format: LogFormat = "human"
     model_name: str | None = None
     prefix_cache_per_key: bool = True
+    manifest: Manifest | None = None
 
     def __post_init__(self) -> None:
         _ask(isinstance(self.host, str) and bool(self.host.strip()), "host", self.host, "an address or a name")
@@ -91,6 +94,8 @@ class ServerSettings:
         _ask(self.log_format in ("human", "json"), "log_format", self.log_format, "human or json")
         named = self.model_name is None or (isinstance(self.model_name, str) and _is_printable(self.model_name))
         _ask(named, "model_name", self.model_name, "a name of printable characters, or None")
+        vouched = self.manifest is None or isinstance(self.manifest, Manifest)
+        _ask(vouched, "manifest", self.manifest, "a Manifest, or None")
         self._check_tls()
         self._check_origins()
         object.__setattr__(self, "api_keys", tuple(map(_checked_key, _as_tuple("api_keys", self.api_keys))))

@@ -16,6 +16,7 @@ from fusedllm.serve.metrics import Metrics
 from fusedllm.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from fusedllm.serve.attestation import Quoting
     from fusedllm.serve.session import Session
 
 
@@ -27,6 +28,7 @@ class ServerState:
       llm: the model; its engine runs in a thread of its own.
       settings: limits and options.
       metrics: where requests are counted.
+      quoting: vouches for the server.
       ready: whether requests are admitted: programs are compiled, the engine runs.
       draining: whether the server is about to end, and admits nobody.
       in_flight: the sessions that have begun and not ended.
@@ -36,6 +38,7 @@ class ServerState:
     llm: LLM
     settings: ServerSettings
     metrics: Metrics
+    quoting: Quoting
     ready: bool = False
     draining: bool = False
     in_flight: set[Session] = field(default_factory=set)
