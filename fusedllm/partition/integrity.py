@@ -60,7 +60,7 @@ class Verifier:
         """`native` chooses compiled code, by default where it is.
 
         Raises:
-          ValueError: a weight is none whose products over the ring come back as they are; or there is no round.
+          ValueError: a weight has no exact product over the ring, or there is no round.
         """
         if rounds < 1:
             raise ValueError(f"products are checked in one round or more, got {rounds}.")
