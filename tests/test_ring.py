@@ -17,7 +17,7 @@ from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.quantize import SMALLEST_TOKEN, quantize, round_activations
 from fusedllm.kernels.ring_linear import ring_linear
-from fusedllm.partition import ring
+from fusedllm.partition import integrity, ring
 from fusedllm.quant.schemes import SCHEMES
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -186,6 +186,26 @@ def test_the_bound_is_reached_and_never_exceeded():
     assert (
         ring.range_bound(np.full((1, MOST_INTEGER_COLUMNS), 127, np.int8)) == 127 * 127 * MOST_INTEGER_COLUMNS < 2**30
     )
+
+
+@settings(max_examples=30)
+@given(seed=SEEDS, rows=st.integers(1, 40), width=st.integers(1, 300))
+def test_bounds_are_the_same_natively(way, seed, rows, width):
+    weight = np.random.default_rng(seed).integers(-128, 128, (rows, width)).astype(np.int8)
+    assert ring.range_bound(weight, native=way) == 127 * np.abs(weight.astype(int)).sum(1).max()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=20)
+@given(seed=SEEDS, rows=st.integers(1, 60), width=st.integers(1, 600))
+def test_secrets_times_weights_are_the_same_natively(isa, seed, rows, width):
+    rng = np.random.default_rng(seed)
+    secrets = rng.integers(0, integrity.PRIME, (2, rows)).astype(np.uint32)
+    secrets[:, ::3] = integrity.PRIME - 1
+    weight = rng.choice(np.int8([-128, -1, 0, 5, 127]), (rows, width))
+    with native.using_isa(isa):
+        np.testing.assert_array_equal(native_ring.weigh(secrets, weight), integrity.times(secrets, weight))
 
 
 def test_weights_whose_products_would_not_come_back_are_refused():

@@ -109,7 +109,7 @@ def check_weight(weight: Int8[np.ndarray, "out in"]) -> None:
         )
 
 
-def range_bound(weight: Int8[np.ndarray, "out in"]) -> int:
+def range_bound(weight: Int8[np.ndarray, "out in"], *, native: bool | None = None) -> int:
     """The largest magnitude of an honest sum: 127 times the largest sum of a row's magnitudes.
 
     At most 127 * 127 * in where weights are those of `w8a8`, and less than 2^30 of any, so that a sum to which 2^31 was
@@ -119,6 +119,8 @@ def range_bound(weight: Int8[np.ndarray, "out in"]) -> int:
       ValueError: as `check_weight`.
     """
     check_weight(weight)
+    if _use(native):
+        return LARGEST_CODE * native_ring.largest_row(np.ascontiguousarray(weight))
     # In parts: int8 magnitudes would not hold 128, and wider ones of a whole vocabulary's matrix take half a gigabyte.
     part = max(1, 2**22 // weight.shape[1])
     largest = 0
