@@ -223,7 +223,7 @@ def test_secrets_times_weights_are_exact_for_a_vocabulary():
     weight[:, 1::2] = 127
     secrets = np.full((2, rows), PRIME - 1, np.uint32)
     wanted = [(PRIME - 1) * rows * value % PRIME for value in (-128, 127)] * (width // 2)
-    np.testing.assert_array_equal(integrity._times(secrets, weight), [wanted, wanted])
+    np.testing.assert_array_equal(integrity.times(secrets, weight), [wanted, wanted])
     sums = np.full((1, rows), -(2**30) + 1, np.int32)
     assert (integrity.residues(sums, secrets) == (PRIME - 1) * (1 - 2**30) * rows % PRIME).all()
 

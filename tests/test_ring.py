@@ -17,7 +17,7 @@ from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.quantize import SMALLEST_TOKEN, quantize, round_activations
 from fusedllm.kernels.ring_linear import ring_linear
-from fusedllm.partition import ring
+from fusedllm.partition import integrity, ring
 from fusedllm.quant.schemes import SCHEMES
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -121,6 +121,20 @@ def test_native_code_decodes_as_numpy_does(way, seed, width, tokens, bound):
     assert bare.in_range == found.in_range
 
 
+def test_memory_of_the_callers_is_written(way):
+    x, pads = activations(3, 33, 1), uniform((3, 33), 1)
+    sent, sums, out = np.ones_like(pads), np.ones_like(pads), np.ones_like(x)
+    made = ring.encode(x, pads, sent=sent, native=way)
+    assert made.sent is sent
+    np.testing.assert_array_equal(sent, ring.encode(x, pads, native=False).sent)
+    scales = np.ones((3, 1), np.float32), np.ones(33, np.float32)
+    found = ring.decode(sent, pads, *scales, 127, out=out, sums=sums, native=way)
+    assert found.out is out
+    assert found.sums is sums
+    np.testing.assert_array_equal(sums, made.codes)
+    np.testing.assert_array_equal(out, made.codes)
+
+
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native)])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_masked_product_has_the_bits_of_the_unmasked_one(way, implementation, tokens):
@@ -174,11 +188,31 @@ def test_the_bound_is_reached_and_never_exceeded():
     )
 
 
+@settings(max_examples=30)
+@given(seed=SEEDS, rows=st.integers(1, 40), width=st.integers(1, 300))
+def test_bounds_are_the_same_natively(way, seed, rows, width):
+    weight = np.random.default_rng(seed).integers(-128, 128, (rows, width)).astype(np.int8)
+    assert ring.range_bound(weight, native=way) == 127 * np.abs(weight.astype(int)).sum(1).max()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=20)
+@given(seed=SEEDS, rows=st.integers(1, 60), width=st.integers(1, 600))
+def test_secrets_times_weights_are_the_same_natively(isa, seed, rows, width):
+    rng = np.random.default_rng(seed)
+    secrets = rng.integers(0, integrity.PRIME, (2, rows)).astype(np.uint32)
+    secrets[:, ::3] = integrity.PRIME - 1
+    weight = rng.choice(np.int8([-128, -1, 0, 5, 127]), (rows, width))
+    with native.using_isa(isa):
+        np.testing.assert_array_equal(native_ring.weigh(secrets, weight), integrity.times(secrets, weight))
+
+
 def test_weights_whose_products_would_not_come_back_are_refused():
     for weight in (np.ones((2, 3), np.int32), np.ones(3, np.int8), np.ones((1, MOST_INTEGER_COLUMNS + 1), np.int8)):
         with pytest.raises(ValueError, match="an int8 weight of 1 to 65536 columns"):
             # Below the annotations, which the tests check and users don't.
-            inspect.unwrap(ring.range_bound)(weight)
+            inspect.unwrap(ring.check_weight)(weight)
     # No weight of int8 that has few enough columns is refused for its sums.
     assert ring.range_bound(np.full((1, MOST_INTEGER_COLUMNS), -128, np.int8)) < 2**30
 

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from fusedllm.kernels import native
+
+LETTERS: dict[str, type[ctypes._SimpleCData[Any]]] = {"p": ctypes.c_void_p, "n": ctypes.c_int32, "s": ctypes.c_int64}
+
+# Of the functions in `cpu/ring.h`: pointers, int32 and int64.
+SIGNATURES = {
+    "fusedllm_ring_product": "ppsssp",
+    "fusedllm_ring_encode": "ppssppp",
+    "fusedllm_ring_decode": "ppppssnpp",
+    "fusedllm_ring_residues": "pnpsssp",
+    "fusedllm_ring_weigh": "ppsssp",
+    "fusedllm_ring_largest_row": "pssp",
+}
 
 # What the functions return where a sum is out of range.
 OUT_OF_RANGE = 1
@@ -55,9 +69,7 @@ def decode(
     _check(token_scales, np.float32, (len(sums), 1))
     _check(output_scales, np.float32, sums.shape[1:])
     _check(out, np.float32, sums.shape)
-    result = _call(
-        "fusedllm_ring_decode", sums, pads, token_scales, output_scales, *sums.shape, np.int32(bound), integers, out
-    )
+    result = _call("fusedllm_ring_decode", sums, pads, token_scales, output_scales, *sums.shape, bound, integers, out)
     return result != OUT_OF_RANGE
 
 
@@ -66,9 +78,26 @@ def residues(x: np.ndarray, secrets: np.ndarray) -> np.ndarray:
     _check(x, np.int8 if x.dtype == np.int8 else np.int32, x.shape)
     _check(secrets, np.uint32, (len(secrets), x.shape[1]))
     out = np.empty((len(x), len(secrets)), np.uint32)
-    codes = np.int32(x.dtype == np.int8)
+    codes = int(x.dtype == np.int8)
     _call("fusedllm_ring_residues", x, codes, secrets, len(secrets), *x.shape, out)
     return out
+
+
+def weigh(secrets: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """uint32 `secrets` `[rounds, out]` times int8 `weight` `[out, in]` modulo 2^31 - 1, uint32 `[rounds, in]`."""
+    _check(weight, np.int8, weight.shape)
+    _check(secrets, np.uint32, (len(secrets), len(weight)))
+    out = np.empty((len(secrets), weight.shape[1]), np.uint32)
+    _call("fusedllm_ring_weigh", weight, secrets, len(secrets), *weight.shape, out)
+    return out
+
+
+def largest_row(weight: np.ndarray) -> int:
+    """The largest sum of magnitudes of a row of int8 `weight`."""
+    _check(weight, np.int8, weight.shape)
+    largest = np.zeros(1, np.int64)
+    _call("fusedllm_ring_largest_row", weight, *weight.shape, largest)
+    return int(largest[0])
 
 
 def _check(array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
@@ -79,20 +108,19 @@ def _check(array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
         )
 
 
-def _call(name: str, *arguments: np.ndarray | np.int32 | int | None) -> int:
-    """Arrays are passed by their address, NumPy's int32 as int32, other integers as int64."""
-    passed: list[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64] = []
-    for argument in arguments:
-        if argument is None:
-            passed.append(ctypes.c_void_p())
-        elif isinstance(argument, np.ndarray):
-            passed.append(ctypes.c_void_p(argument.ctypes.data))
-        elif isinstance(argument, np.int32):
-            passed.append(ctypes.c_int32(int(argument)))
-        else:
-            passed.append(ctypes.c_int64(argument))
-    result: int = getattr(native.library(), name)(*passed)
+def _call(name: str, *arguments: np.ndarray | int | None) -> int:
+    """Arrays are passed by their address."""
+    passed = [argument.ctypes.data if isinstance(argument, np.ndarray) else argument for argument in arguments]
+    result = _function(name)(*passed)
     if result == -2:
         raise MemoryError
     assert result >= 0, "sizes that were checked make no sense"
     return result
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    function: ctypes._NamedFuncPointer = getattr(native.library(), name)
+    function.argtypes = [LETTERS[letter] for letter in SIGNATURES[name]]
+    function.restype = ctypes.c_int32
+    return function

@@ -60,7 +60,7 @@ class Verifier:
         """`native` chooses compiled code, by default where it is.
 
         Raises:
-          ValueError: a weight is none whose products over the ring come back as they are; or there is no round.
+          ValueError: a weight has no exact product over the ring, or there is no round.
         """
         if rounds < 1:
             raise ValueError(f"products are checked in one round or more, got {rounds}.")
@@ -77,7 +77,7 @@ class Verifier:
         secrets = {}
         for site, weight in self._weights.items():
             outputs = _uniform(stream, (self._rounds, len(weight)))
-            secrets[site] = _Secret(outputs, _times(outputs, weight))
+            secrets[site] = _Secret(outputs, self._times(outputs, weight))
         with self._lock:
             self._forget()
             self._secrets = secrets
@@ -122,6 +122,9 @@ class Verifier:
     def _residues(self, x: np.ndarray, secrets: np.ndarray) -> np.ndarray:
         return native_ring.residues(np.ascontiguousarray(x), secrets) if self._native else residues(x, secrets)
 
+    def _times(self, secrets: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return native_ring.weigh(secrets, np.ascontiguousarray(weight)) if self._native else times(secrets, weight)
+
     def _forget(self) -> None:
         for secret in (self._secrets or {}).values():
             secret.outputs.fill(0)
@@ -143,12 +146,9 @@ def residues(
     return (total % PRIME).astype(np.uint32)
 
 
-def _halves(secrets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lower bits of each number and the others, as float64."""
-    return (secrets & (2**_SECRET_BITS - 1)).astype(np.float64), (secrets >> _SECRET_BITS).astype(np.float64)
-
-
-def _times(secrets: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def times(
+    secrets: UInt32[np.ndarray, "rounds out"], weight: Int8[np.ndarray, "out in"]
+) -> UInt32[np.ndarray, "rounds in"]:
     """`secrets @ weight` modulo p, in parts, as float64 takes eight times the memory of int8."""
     rows = max(1, 2**22 // weight.shape[1])
     halves = np.concatenate(_halves(secrets))
@@ -158,6 +158,11 @@ def _times(secrets: np.ndarray, weight: np.ndarray) -> np.ndarray:
         sums += halves[:, first : first + rows] @ weight[first : first + rows].astype(np.float64)
     low, high = np.split(sums.astype(np.int64) % PRIME, 2)
     return ((low + (high << _SECRET_BITS)) % PRIME).astype(np.uint32)
+
+
+def _halves(secrets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lower bits of each number and the others, as float64."""
+    return (secrets & (2**_SECRET_BITS - 1)).astype(np.float64), (secrets >> _SECRET_BITS).astype(np.float64)
 
 
 def _uniform(stream: KeyStream, shape: tuple[int, int]) -> np.ndarray:

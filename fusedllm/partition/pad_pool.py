@@ -45,7 +45,7 @@ class PadPool:
         """`background` makes a thread that refills, until `close`; without it `wait` means `raise`.
 
         Raises:
-          ValueError: a weight is none whose products over the ring come back as they are.
+          ValueError: a weight has no exact product over the ring.
         """
         self.session = os.urandom(16).hex()
         self.ledger = ledger or PadLedger()
@@ -56,7 +56,7 @@ class PadPool:
         self._closed = False
         self._failure: BaseException | None = None
         for weight in weights.values():
-            ring.range_bound(weight)
+            ring.check_weight(weight)
         self._supplies = {
             site: Supply(np.ascontiguousarray(weight), site_name(site)) for site, weight in weights.items()
         }

@@ -96,21 +96,32 @@ def scale(
     return sums.astype(np.float32) * token_scales * output_scales
 
 
-def range_bound(weight: Int8[np.ndarray, "out in"]) -> int:
+def check_weight(weight: Int8[np.ndarray, "out in"]) -> None:
+    """Refuses what has no exact product over the ring.
+
+    Raises:
+      ValueError: the weight is no int8 matrix of at most 65,536 columns.
+    """
+    if weight.dtype != np.int8 or weight.ndim != 2 or not 0 < weight.shape[1] <= MOST_COLUMNS or not len(weight):
+        raise ValueError(
+            f"a product over the ring has an int8 weight of 1 to {MOST_COLUMNS} columns, got {weight.dtype} "
+            f"{list(weight.shape)}."
+        )
+
+
+def range_bound(weight: Int8[np.ndarray, "out in"], *, native: bool | None = None) -> int:
     """The largest magnitude of an honest sum: 127 times the largest sum of a row's magnitudes.
 
     At most 127 * 127 * in where weights are those of `w8a8`, and less than 2^30 of any, so that a sum to which 2^31 was
     added, or a multiple of 2^31 - 1, is outside.
 
     Raises:
-      ValueError: the weight is no int8 matrix of at most 65,536 columns.
+      ValueError: as `check_weight`.
     """
-    if weight.dtype != np.int8 or weight.ndim != 2 or not 0 < weight.shape[1] <= MOST_COLUMNS:
-        raise ValueError(
-            f"a product over the ring has an int8 weight of 1 to {MOST_COLUMNS} columns, got {weight.dtype} "
-            f"{list(weight.shape)}."
-        )
-    # In parts: int8 magnitudes would not hold 128, and wider ones of a whole vocabulary's matrix take a gigabyte.
+    check_weight(weight)
+    if _use(native):
+        return LARGEST_CODE * native_ring.largest_row(np.ascontiguousarray(weight))
+    # In parts: int8 magnitudes would not hold 128, and wider ones of a whole vocabulary's matrix take half a gigabyte.
     part = max(1, 2**22 // weight.shape[1])
     largest = 0
     for first in range(0, len(weight), part):
@@ -120,17 +131,25 @@ def range_bound(weight: Int8[np.ndarray, "out in"]) -> int:
 
 
 def encode(
-    x: Float[np.ndarray, "tokens in"], pads: Int32[np.ndarray, "tokens in"] | None = None, *, native: bool | None = None
+    x: Float[np.ndarray, "tokens in"],
+    pads: Int32[np.ndarray, "tokens in"] | None = None,
+    *,
+    sent: Int32[np.ndarray, "tokens in"] | None = None,
+    native: bool | None = None,
 ) -> Encoded:
-    """Rounds `x` to codes and adds `pads` modulo 2^32; `native` chooses compiled code, by default where it is."""
+    """Rounds `x` to codes and adds `pads` modulo 2^32.
+
+    `sent` is memory for what is sent, which saves the pages of new memory where it is megabytes. `native` chooses
+    compiled code, by default where it is.
+    """
+    sent = np.empty(x.shape, np.int32) if sent is None else sent
     if _use(native):
-        wide = np.ascontiguousarray(x, np.float32)
-        sent, scales = np.empty(wide.shape, np.int32), np.empty((len(wide), 1), np.float32)
+        wide, scales = np.ascontiguousarray(x, np.float32), np.empty((len(x), 1), np.float32)
         codes = native_ring.encode(wide, pads, sent, scales)
         return Encoded(sent, codes, scales)
     codes, scales = quantize(x)
-    sent = codes.astype(np.int32)
-    return Encoded(sent if pads is None else add(sent, pads), codes, scales)
+    sent[:] = codes if pads is None else add(codes.astype(np.int32), pads)
+    return Encoded(sent, codes, scales)
 
 
 def decode(
@@ -140,16 +159,23 @@ def decode(
     output_scales: Float32[np.ndarray, " out"],
     bound: int,
     *,
+    out: Float32[np.ndarray, "tokens out"] | None = None,
+    sums: Int32[np.ndarray, "tokens out"] | None = None,
     native: bool | None = None,
 ) -> Decoded:
-    """Subtracts `pads` (r W), compares magnitudes with `bound`, and scales: the inverse of what was sent, times W."""
+    """Subtracts `pads` (r W), compares magnitudes with `bound`, and scales.
+
+    `out` and `sums` are memory for both, `native` is as for `encode`.
+    """
+    out = np.empty(received.shape, np.float32) if out is None else out
+    sums = np.empty(received.shape, np.int32) if sums is None else sums
     if _use(native):
         received = np.ascontiguousarray(received)
-        out, sums = np.empty(received.shape, np.float32), np.empty(received.shape, np.int32)
         inside = native_ring.decode(received, pads, token_scales, output_scales, bound, sums, out)
         return Decoded(out, sums, inside)
-    sums = received if pads is None else subtract(received, pads)
-    return Decoded(scale(sums, token_scales, output_scales), sums, in_range(sums, bound))
+    sums[:] = received if pads is None else subtract(received, pads)
+    out[:] = scale(sums, token_scales, output_scales)
+    return Decoded(out, sums, in_range(sums, bound))
 
 
 def in_range(sums: Int32[np.ndarray, "tokens out"], bound: int) -> bool:

@@ -19,4 +19,5 @@ constexpr Kernels kTable = {
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
     merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu, encode_span,
     decode_span, split_limbs, ring_product, ring_encode, ring_decode, residue, residue_of_codes,
+    weigh_columns, largest_row,
 };

@@ -131,3 +131,29 @@ int32_t fusedllm_ring_residues(const void* x, int32_t codes, const uint32_t* sec
   });
   return 0;
 }
+
+int32_t fusedllm_ring_weigh(const int8_t* weight, const uint32_t* secrets, int64_t rounds, int64_t rows, int64_t width,
+                            uint32_t* out) {
+  if (!make_sense(rows, width) || rows > int64_t{1} << 25 || rounds < 1 || rounds > 64) return -1;
+  const Kernels& kernels = fusedllm::kernels();
+  Pool::instance().run((width + kRingColumnsTogether - 1) / kRingColumnsTogether, [&](int64_t item) {
+    const int64_t first = item * kRingColumnsTogether;
+    kernels.weigh_columns(weight, secrets, rounds, rows, width, first, std::min(width, first + kRingColumnsTogether),
+                          out);
+  });
+  return 0;
+}
+
+int32_t fusedllm_ring_largest_row(const int8_t* weight, int64_t rows, int64_t width, int64_t* largest) {
+  if (!make_sense(rows, width) || width > kMostIntegerColumns) return -1;
+  const Kernels& kernels = fusedllm::kernels();
+  std::atomic<int64_t> most{0};
+  over_tokens(rows, width, [&](int64_t first, int64_t last) {
+    const int64_t found = kernels.largest_row(weight, width, first, last);
+    int64_t seen = most.load();
+    while (found > seen && !most.compare_exchange_weak(seen, found)) {
+    }
+  });
+  *largest = most.load();
+  return 0;
+}

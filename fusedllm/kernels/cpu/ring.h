@@ -30,4 +30,9 @@ int32_t fusedllm_ring_decode(const int32_t* sums, const int32_t* pads, const flo
 // `codes`.
 int32_t fusedllm_ring_residues(const void* x, int32_t codes, const uint32_t* secrets, int64_t rounds, int64_t tokens,
                                int64_t width, uint32_t* residues);
+// out[rounds][width] of secrets[rounds][rows] times weight[rows][width] modulo 2^31 - 1.
+int32_t fusedllm_ring_weigh(const int8_t* weight, const uint32_t* secrets, int64_t rounds, int64_t rows, int64_t width,
+                            uint32_t* out);
+// The largest sum of magnitudes of a row of weight[rows][width].
+int32_t fusedllm_ring_largest_row(const int8_t* weight, int64_t rows, int64_t width, int64_t* largest);
 }

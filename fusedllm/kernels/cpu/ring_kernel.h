@@ -192,3 +192,34 @@ uint32_t residue_of_codes(const int8_t* x, const uint32_t* secret, int64_t width
   }
   return static_cast<uint32_t>(non_negative(total));
 }
+
+void weigh_columns(const int8_t* weight, const uint32_t* secrets, int64_t rounds, int64_t rows, int64_t width,
+                   int64_t first, int64_t last, uint32_t* out) {
+  for (int64_t round = 0; round < rounds; ++round) {
+    // Of products of 38 bits: room for 2^25 rows.
+    int64_t totals[kRingColumnsTogether] = {};
+    const int64_t count = last - first;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t secret = static_cast<int32_t>(secrets[round * rows + row]);
+      const int8_t* columns = weight + row * width + first;
+      for (int64_t i = 0; i < count; ++i) totals[i] += secret * static_cast<int32_t>(columns[i]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      out[round * width + first + i] = static_cast<uint32_t>(non_negative(totals[i]));
+    }
+  }
+}
+
+int64_t largest_row(const int8_t* weight, int64_t width, int64_t first, int64_t last) {
+  int64_t most = 0;
+  for (int64_t row = first; row < last; ++row) {
+    // Of at most kMostIntegerColumns magnitudes of 128.
+    int32_t total = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      const int32_t value = weight[row * width + i];
+      total += value < 0 ? -value : value;
+    }
+    most = total > most ? total : most;
+  }
+  return most;
+}

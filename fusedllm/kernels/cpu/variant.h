@@ -110,6 +110,9 @@ struct RingProduct {
 // Limbs fill whole vectors of every variant; together they take the four bytes of their number.
 constexpr int64_t kRingPadding = 64;
 
+// Columns whose sums stay in a core's nearest cache.
+constexpr int64_t kRingColumnsTogether = 256;
+
 // Activations [tokens][width] on their way out of the trusted side (`partition/ring.py`); pointers but x and scales may
 // be null.
 struct RingEncoding {
@@ -202,6 +205,12 @@ struct Kernels {
   // The sum of x[i] * secret[i] modulo 2^31 - 1, of secrets below that.
   uint32_t (*residue)(const int32_t* x, const uint32_t* secret, int64_t width);
   uint32_t (*residue_of_codes)(const int8_t* x, const uint32_t* secret, int64_t width);
+  // Columns [first, last) of secrets[rounds][rows] times weight[rows][width] modulo 2^31 - 1, into out[rounds][width]; at
+  // most kRingColumnsTogether columns.
+  void (*weigh_columns)(const int8_t* weight, const uint32_t* secrets, int64_t rounds, int64_t rows, int64_t width,
+                        int64_t first, int64_t last, uint32_t* out);
+  // The largest sum of magnitudes of the rows [first, last) of weight[rows][width].
+  int64_t (*largest_row)(const int8_t* weight, int64_t width, int64_t first, int64_t last);
 };
 
 const Kernels* portable_kernels();
