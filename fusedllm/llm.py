@@ -204,11 +204,14 @@ class LLM:
         """What has crossed the boundary so far."""
         return self._applied.ledger
 
+    def policy_words(self) -> str:
+        """What the policy lets the accelerator see, and what it claims."""
+        policy = self._applied.policy
+        return f"policy {policy.name}: the accelerator sees {policy.seen}; {policy.claim}."
+
     def boundary_report(self) -> str:
         """What has crossed the boundary so far, by site, under the policy's own words."""
-        policy = self._applied.policy
-        words = f"policy {policy.name}: the accelerator sees {policy.seen}; {policy.claim}."
-        return f"{words}\n{self._applied.ledger.table()}"
+        return f"{self.policy_words()}\n{self._applied.ledger.table()}"
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **keywords: Any

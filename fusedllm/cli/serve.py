@@ -20,9 +20,6 @@ HELP = "serve a model over HTTP, as OpenAI does"
 
 DEFAULT_MAX_BATCH = 16
 
-# The only one that there is.
-POLICY = "plain"
-
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -96,8 +93,10 @@ def run(options: argparse.Namespace) -> None:
     check_certificate(settings)
     checkpoint, engine = _sized(options, buckets)
     if not options.no_attestation:
-        settings = _attested(settings, checkpoint)
-    serve(load_model(options, checkpoint, engine), settings, block=True)
+        settings = _attested(settings, checkpoint, options.policy)
+    llm = load_model(options, checkpoint, engine)
+    print(llm.policy_words(), flush=True)
+    serve(llm, settings, block=True)
 
 
 def settings_of(options: argparse.Namespace) -> ServerSettings:
@@ -123,14 +122,14 @@ def batch_buckets(most: int) -> tuple[int, ...]:
     return (*(power for power in powers if power < most), most)
 
 
-def _attested(settings: ServerSettings, source: str | Path | Checkpoint) -> ServerSettings:
+def _attested(settings: ServerSettings, source: str | Path | Checkpoint, policy: str) -> ServerSettings:
     """`settings` with the manifest of what is served, where there is hardware to vouch for it."""
     from fusedllm.attesting import available, manifest_of
 
     # (Random weights are nobody's, and not read from anywhere.)
     if isinstance(source, (str, Path)) or not available():
         return settings
-    return dataclasses.replace(settings, manifest=manifest_of(source, POLICY, progress=True))
+    return dataclasses.replace(settings, manifest=manifest_of(source, policy, progress=True))
 
 
 def _sized(options: argparse.Namespace, buckets: tuple[int, ...]) -> tuple[str | Path | Checkpoint, EngineConfig]:
