@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.no_attestation:
         settings = _attested(settings, checkpoint, options.policy)
     llm = load_model(options, checkpoint, engine)
-    print(llm.policy_words(), flush=True)
+    print(llm.policy_words(), file=sys.stderr, flush=True)
     serve(llm, settings, block=True)
 
 
