@@ -202,10 +202,10 @@ def test_the_command_prints_the_manifest_that_a_server_has(tiny_file, capsys, mo
     assert capsys.readouterr().out.strip() == printed.sha256.hex()
     monkeypatch.setattr("fusedllm.attesting.available", lambda: True)
     checkpoint = open_checkpoint(tiny_file)
-    assert serve._attested(ServerSettings(), checkpoint).manifest == printed
-    assert serve._attested(ServerSettings(), "tiny").manifest is None
+    assert serve._attested(ServerSettings(), checkpoint, "plain").manifest == printed
+    assert serve._attested(ServerSettings(), "tiny", "plain").manifest is None
     monkeypatch.setattr("fusedllm.attesting.available", lambda: False)
-    assert serve._attested(ServerSettings(), checkpoint).manifest is None
+    assert serve._attested(ServerSettings(), checkpoint, "plain").manifest is None
 
 
 def test_a_setting_that_is_no_manifest_is_refused():
