@@ -51,7 +51,8 @@ def test_a_schema_that_is_nested_as_deeply_as_the_parser_allows_is_no_server_err
         form = '{"type":"json_schema","json_schema":{"name":"x","schema":' + schema + "}}"
         content = f'{{"prompt":"Hi","max_tokens":1,"response_format":{form}}}'.encode()
         response = ask(app, "/v1/completions", content=content, headers=JSON_TYPE)
-        assert response.status_code == 400, depth
+        # What the library can follow is answered.
+        assert response.status_code in (200, 400), depth
 
 
 def test_a_prompt_that_does_not_fit_has_openais_code(app):

@@ -18,7 +18,7 @@ from serving import app_of
 CHECKED = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
-EXAMPLES = 10
+EXAMPLES = 20
 
 POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 GETS = ("/v1/models", "/v1/models/{name}", "/tokenizer_info", "/version")
@@ -27,7 +27,7 @@ GETS = ("/v1/models", "/v1/models/{name}", "/tokenizer_info", "/version")
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
 def test_made_up_requests_are_answered_as_described(served_llm, mode):
     # Few tokens for each request: what is tried here is what surrounds them.
-    api = schemathesis.openapi.from_asgi("/openapi.json", app_of(served_llm, max_tokens=2, max_n=2))
+    api = schemathesis.openapi.from_asgi("/openapi.json", app_of(served_llm, max_tokens=2, max_n=2, min_priority=-1000))
     seen = set()
     for result in api.get_all_operations():
         operation = result.ok()
@@ -48,5 +48,7 @@ def test_made_up_requests_are_answered_as_described(served_llm, mode):
 
         answered()
     expected = 400 if mode.is_negative else 200
-    # (A conversation to be tokenized, or a prompt: the description can't say that it is one of both.)
-    assert {(path, expected) for path in POSTS if path != "/tokenize"} <= seen
+    # (A conversation to be tokenized, or a prompt: the description can't say that it is one of both. Nor can it say which
+    # of a completion's many parameters go together, so that of a few made-up ones all may be refused.)
+    unsure = ("/tokenize",) if mode.is_negative else ("/tokenize", "/v1/completions")
+    assert {(path, expected) for path in POSTS if path not in unsure} <= seen
