@@ -48,7 +48,7 @@ def test_made_up_requests_are_answered_as_described(served_llm, mode):
 
         answered()
     expected = 400 if mode.is_negative else 200
-    # (A conversation to be tokenized, or a prompt: the description can't say that it is one of both. Nor can it say which
-    # of a completion's many parameters go together, so that of a few made-up ones all may be refused.)
+    # (A conversation to be tokenized, or a prompt: the description can't say that it is one of both. Nor can it say
+    # which of a completion's many parameters go together, so that of a few made-up ones all may be refused.)
     unsure = ("/tokenize",) if mode.is_negative else ("/tokenize", "/v1/completions")
     assert {(path, expected) for path in POSTS if path not in unsure} <= seen
