@@ -31,8 +31,8 @@ LAUNCHES_AHEAD = 1
 # Far from where the arithmetic of waiting times ends.
 MAX_PRIORITY = 1_000_000
 
-# How long the thread sleeps at most while requests wait that have a deadline.
-DEADLINE_SECONDS = 0.1
+# How often `run` looks, while the thread drives, whether its requests have ended without a chunk.
+WATCH_SECONDS = 0.1
 
 
 class Engine:
@@ -129,7 +129,7 @@ class Engine:
                             self._step()
                     continue
                 with contextlib.suppress(queue.Empty):
-                    yield arrived.get(timeout=DEADLINE_SECONDS)
+                    yield arrived.get(timeout=WATCH_SECONDS)
         finally:
             for sequence in sequences:
                 self.cancel(sequence)

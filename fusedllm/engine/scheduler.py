@@ -138,9 +138,6 @@ class Scheduler:
         """Whether a running request follows a grammar, so that its last token must be known before the next."""
         return any(job.sequence.constraint is not None for job in self._running)
 
-    def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._jobs
-
     def sequences(self, *, running: bool | None = None) -> list[Sequence]:
         """All requests; only those that run, or that wait, where told so."""
         return [job.sequence for job in self._jobs.values() if running is None or (job.seat is not None) == running]
