@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     )
     prompt = _prompt(options.prompt)
     llm = load_model(options)
+    if options.policy != "plain":
+        print(llm.policy_words(), file=sys.stderr)
     stream = _start(llm, prompt, sampling, options)
     try:
         _show(llm, stream)
