@@ -65,13 +65,13 @@ def test_and_the_same_text_in_company(models):
 def test_the_same_prompt_never_looks_the_same_twice(models, monkeypatch):
     boundary = boundary_of(models["masked"])
     sent: list[list[np.ndarray]] = []
-    exchange = boundary._exchange
+    exchange = boundary.link.exchange
 
-    def seen(group, numbers):
+    def seen(placed, numbers):
         sent[-1].append(numbers.copy())
-        return exchange(group, numbers)
+        return exchange(placed, numbers)
 
-    monkeypatch.setattr(boundary, "_exchange", seen)
+    monkeypatch.setattr(boundary.link, "exchange", seen)
     for _ in range(2):
         sent.append([])
         models["masked"].logits(prompts(models["masked"])[2])
@@ -103,16 +103,17 @@ def test_a_wrong_product_ends_the_request_and_the_next_one_is_answered(models, m
     boundary = boundary_of(llm)
     prompt = prompts(llm)[1]
     expected = llm.generate([prompt], max_tokens=4, ignore_eos=True)[0].token_ids
-    exchange = boundary._exchange
+    exchange = boundary.link.exchange
 
-    def tampered(group, numbers):
-        received = exchange(group, numbers).copy()
-        if group.site.name == "down":
+    def tampered(placed, numbers):
+        (received,) = exchange(placed, numbers)
+        received = received.copy()
+        if placed.site.name == "down":
             received[-1, -1] += 1
-        return received
+        return (received,)
 
     with monkeypatch.context() as patch:
-        patch.setattr(boundary, "_exchange", tampered)
+        patch.setattr(boundary.link, "exchange", tampered)
         with pytest.raises(IntegrityError, match="down of layer 0"):
             llm.generate([prompt], max_tokens=4)
     assert llm.generate([prompt], max_tokens=4, ignore_eos=True)[0].token_ids == expected

@@ -15,7 +15,9 @@ from test_engine import ids
 from fusedllm.cli.options import POLICIES as CLI_POLICIES
 from fusedllm.errors import PolicyError
 from fusedllm.llm import LLM
+from fusedllm.partition.hosted import PRODUCTS
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.link import Placed
 from fusedllm.partition.policies import NO_CLAIM, POLICIES, find
 from fusedllm.weights.random import random_params
 
@@ -69,10 +71,13 @@ def test_only_the_matrices_of_the_products_are_on_the_device(split):
     for layer in params.layers:
         for field in dataclasses.fields(layer):
             value = getattr(layer, field.name)
-            if value is not None:
-                expected = device if value.ndim == 2 else trusted
-                assert value.devices() == {expected}, field.name
-    assert params.head.devices() == {device}
+            if isinstance(value, Placed):
+                assert all(weight.devices() == {device} for weight in value.weights), field.name
+                assert len(value.weights) == len(PRODUCTS[value.site.name])
+            elif value is not None:
+                assert value.ndim < 2
+                assert value.devices() == {trusted}, field.name
+    assert params.head.weights[0].devices() == {device}
     assert params.embedding.devices() == params.final_norm.devices() == {trusted}
     assert jax.tree.leaves(split.engine.runner._cache)[0].devices() == {trusted}
 

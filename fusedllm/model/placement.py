@@ -6,11 +6,15 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
+import numpy as np
 
 from fusedllm.model.params import Weight
 
 Result = TypeVar("Result")
 Carry = TypeVar("Carry")
+
+# What a product gives: NumPy's array where the host drives, which the next segment takes.
+Numbers = jax.Array | np.ndarray
 
 
 class Site(NamedTuple):
@@ -39,7 +43,7 @@ class Placement(Protocol):
         """What of a layer's place the policy needs to know; with `None` for all, one trace serves every layer."""
         ...
 
-    def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+    def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[Numbers, ...]:
         """`x @ w.T` for each of `weights` (`[out, in]`), in one crossing; may run on an untrusted device."""
         ...
 

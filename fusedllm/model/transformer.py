@@ -14,7 +14,7 @@ from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.kernels.swiglu import swiglu
 from fusedllm.model.cache import KVCache
 from fusedllm.model.params import LayerParams, Params
-from fusedllm.model.placement import Placement, Site
+from fusedllm.model.placement import Numbers, Placement, Site
 from fusedllm.model.rope import cos_sin
 
 
@@ -39,13 +39,12 @@ def forward(
     Returns:
       The normed hidden states, ready for `vocabulary_logits`, and the cache with the tokens' keys and values in it.
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
     # Of a plain table there is no other gather than XLA's, whatever was asked for.
     gather = None if implementation == "ffi" else implementation
     x = placement.protected(
         Site("embedding"), embed, params.embedding, tokens, dtype=jnp.dtype(dtype), implementation=gather
     )
-    angles = placement.protected(Site("rope"), _angles, positions, rope=config.rope, head_dim=config.head_dim)
+    angles = placement.protected(Site("rope"), _angles, tokens, start, rope=config.rope, head_dim=config.head_dim)
     # Traced once for all layers that share a window and a key, not once a layer; XLA inlines the calls.
     static = ("config", "placement", "window", "key", "implementation")
     run_layer = placement.compile(decoder_layer, static_argnames=static)
@@ -115,15 +114,15 @@ def decoder_layer(
 
 def vocabulary_logits(
     placement: Placement, params: Params, hidden: Float[Array, "*rows hidden"]
-) -> Float[Array, "*rows vocab"]:
+) -> Float[Numbers, "*rows vocab"]:
     """The vocabulary product of what `forward` returns, in float32."""
     head = params.embedding if params.head is None else params.head
     (logits,) = placement.linear(Site("head"), hidden, (head,))
     return logits.astype(jnp.float32)
 
 
-def _angles(positions: jax.Array, *, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    return cos_sin(rope, head_dim, positions)
+def _angles(tokens: jax.Array, start: jax.Array, *, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    return cos_sin(rope, head_dim, start[:, None] + jnp.arange(tokens.shape[1]))
 
 
 def _norm(x: jax.Array, weight: jax.Array, *, eps: float, implementation: str | None) -> jax.Array:

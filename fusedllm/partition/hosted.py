@@ -1,12 +1,17 @@
 """`Hosted`: the host drives compiled segments, the trusted ones on the CPU, the products on an untrusted device.
 
 The layer's code is the same as everywhere. Here nobody compiles it as a whole: its verbs are called with arrays, each
-runs a segment that was compiled once, and what goes to the device goes through the policy's `Boundary` alone.
+runs a segment that was compiled once, and what goes to the device goes through the policy's `Boundary` alone: around
+everything else stands JAX's transfer guard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -24,22 +29,29 @@ Carry = TypeVar("Carry")
 # side.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
+# Operands that a segment gives up, so that they are updated where they are.
+GIVEN_UP = frozenset({"pages", "counts", "outputs"})
+
 
 class Boundary(Protocol):
     """What a policy does at a crossing."""
 
     ledger: Ledger
 
-    def place(self, site: Site, weights: tuple[Weight, ...]) -> tuple[Any, ...]:
-        """Puts the weights of a site where the device can read them; what `cross` is given in place of each."""
+    def place(self, site: Site, weights: tuple[Weight, ...]) -> Any:
+        """Puts the weights of a site where the device can read them; what `cross` is given in their place."""
         ...
 
     def begin(self) -> None:
         """After all weights are placed."""
         ...
 
-    def cross(self, site: Site, x: jax.Array, placed: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    def cross(self, placed: Any, x: jax.Array) -> tuple[np.ndarray, ...]:
         """`x @ w.T` for each weight of a site; `x` and the results are the trusted side's."""
+        ...
+
+    def close(self) -> None:
+        """Ends the session: nothing crosses any more."""
         ...
 
 
@@ -54,12 +66,16 @@ class Hosted:
     def __init__(self, boundary: Boundary, trusted: jax.Device) -> None:
         self.boundary = boundary
         self.trusted = trusted
-        self._segments: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._here = jax.sharding.SingleDeviceSharding(trusted)
+        # In one call, where `device_put` would be one for each.
+        self._take = jax.jit(lambda *arrays: arrays, in_shardings=self._here)
+        self._segments: dict[Hashable, Callable[..., Any]] = {}
+        self._guard = threading.local()
 
     def place(self, params: Params) -> Params:
         """`params` with the matrices of the products on the device, and a head of its own where it was tied."""
         head = params.embedding if params.head is None else params.head
-        (placed_head,) = self.boundary.place(Site("head"), (head,))
+        placed_head = self.boundary.place(Site("head"), (head,))
         layers = tuple(self._place_layer(index, layer) for index, layer in enumerate(params.layers))
         trusted = jax.device_put(replace(params, layers=(), head=None), self.trusted)
         self.boundary.begin()
@@ -68,23 +84,50 @@ class Hosted:
     def _place_layer(self, index: int, layer: LayerParams) -> LayerParams:
         placed: dict[str, Any] = {}
         for site, names in PRODUCTS.items():
-            weights = tuple(getattr(layer, name) for name in names)
-            placed |= zip(names, self.boundary.place(Site(site, index), weights), strict=True)
+            group = self.boundary.place(Site(site, index), tuple(getattr(layer, name) for name in names))
+            # The same stands in place of each weight of a site.
+            placed |= dict.fromkeys(names, group)
         none: dict[str, Any] = dict.fromkeys(placed)
         return replace(jax.device_put(replace(layer, **none), self.trusted), **placed)
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """The function itself, with its arrays on the trusted side: it is its segments that are compiled."""
+        """The function itself, under the guard: it is its segments that are compiled."""
 
+        @functools.wraps(function)
         def run(*operands: Any, **named: Any) -> Any:
-            return function(*(self._here(operand) for operand in operands), **named)
+            if getattr(self._guard, "stands", False):
+                return function(*operands, **named)
+            with self._guarded():
+                return function(*self._taken(operands), **named)
 
         return run
 
-    def _here(self, operand: Any) -> Any:
-        """NumPy's arrays as the trusted device's; whatever is somewhere already stays there."""
-        numbers = (np.ndarray, np.generic)
-        return jax.tree.map(lambda x: jax.device_put(x, self.trusted) if isinstance(x, numbers) else x, operand)
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Inside, arrays move between devices and the host by the boundary's hand only, in this thread."""
+        self._guard.stands = True
+        try:
+            # The three one by one: `jax.transfer_guard` sets a fourth value too, which is part of every program's key.
+            with (
+                jax.transfer_guard_host_to_device("disallow_explicit"),
+                jax.transfer_guard_device_to_device("disallow_explicit"),
+                jax.transfer_guard_device_to_host("disallow_explicit"),
+            ):
+                yield
+        finally:
+            self._guard.stands = False
+
+    def _taken(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the host hands over, as arrays of the trusted device."""
+        leaves, structure = jax.tree.flatten(operands)
+        numbers = [place for place, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray | np.generic)]
+        if numbers:
+            with jax.transfer_guard_host_to_device("allow"):
+                taken = self._take(*(leaves[place] for place in numbers))
+            for place, array in zip(numbers, taken, strict=True):
+                leaves[place] = array
+        result: tuple[Any, ...] = jax.tree.unflatten(structure, leaves)
+        return result
 
     def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
         """A loop of the host, over a predicate that the trusted side has computed."""
@@ -96,16 +139,25 @@ class Hosted:
         """The layer's number: each has its own crossings."""
         return index
 
-    def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
-        """One crossing."""
-        return self.boundary.cross(site, x, weights)
+    def linear(self, site: Site, x: jax.Array, weights: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One crossing. The results are NumPy's arrays, which the next segment takes."""
+        return self.boundary.cross(weights[0], x)
 
     def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
-        """A segment on the trusted CPU, compiled on first use for each shape."""
-        # Of an attention the pages are given up, so that they are updated where they are.
-        donated = ("pages",) if site.name == "attention" else ()
-        key = (function, tuple(static), donated)
-        if key not in self._segments:
-            self._segments[key] = jax.jit(function, static_argnames=tuple(static), donate_argnames=donated)
-        result: Result = self._segments[key](*operands, **static)
+        """A segment on the trusted CPU, compiled on first use for each shape.
+
+        The guard is lifted for what the host hands over, for the segment's operands can be nowhere but on this CPU: an
+        array that is elsewhere is refused.
+        """
+        key = (function, *static.items())
+        segment = self._segments.get(key)
+        if segment is None:
+            names = inspect.signature(function).parameters
+            segment = self._segments[key] = jax.jit(
+                functools.partial(function, **static),
+                in_shardings=self._here,
+                donate_argnums=tuple(place for place, name in enumerate(names) if name in GIVEN_UP),
+            )
+        with jax.transfer_guard_host_to_device("allow"):
+            result: Result = segment(*operands)
         return result

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from fusedllm.model.placement import Site
 from fusedllm.partition import ring
 from fusedllm.partition.integrity import Verifier
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.link import Link, Placed, Product
 from fusedllm.partition.pad_pool import PadPool
 from fusedllm.partition.pad_supply import PoolLimits
 from fusedllm.partition.pads import site_name
@@ -31,58 +31,58 @@ from fusedllm.partition.pads import site_name
 LIMITS = PoolLimits(exhausted="make")
 
 
+def integer_product(*, implementation: str | None) -> Product:
+    """What the device computes under these policies: `ring_linear` of what was sent, int32 `[rows, out]`."""
+
+    def product(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+        return (ring_linear(x, weight, implementation=implementation),)
+
+    return product
+
+
 @dataclass(frozen=True)
 class Group:
     """The weights of one site, one below another, as the device and the trusted side have them.
 
     Attributes:
-      site: whose.
-      there: int8 `[out, in]`, on the device.
+      placed: int8 `[out, in]`, on the device.
       scales: of the outputs, float32, of the trusted side.
       ends: where each weight but the last ends among the outputs.
       bound: the largest magnitude of an honest sum.
     """
 
-    site: Site
-    there: jax.Array
+    placed: Placed
     scales: np.ndarray
     ends: tuple[int, ...]
     bound: int
+
+    @property
+    def site(self) -> Site:
+        """Whose weights they are."""
+        return self.placed.site
 
 
 class IntegerBoundary:
     """The boundary of the policies `masked`, `verify` and `masked+verify`.
 
     Args:
-      device: where the products run.
-      trusted: where everything else does.
+      link: to the device, which multiplies by `integer_product`.
       masked: whether pads hide what is sent.
       verified: whether products are checked.
-      implementation: of `ring_linear`.
     """
 
-    def __init__(
-        self,
-        device: jax.Device,
-        trusted: jax.Device,
-        *,
-        masked: bool,
-        verified: bool,
-        implementation: str | None = None,
-    ) -> None:
+    def __init__(self, link: Link, *, masked: bool, verified: bool) -> None:
         self.ledger = Ledger()
+        self.link = link
         self.pool: PadPool | None = None
         self.verifier: Verifier | None = None
-        self._device = device
-        self._trusted = trusted
         self._masked = masked
         self._verified = verified
-        self._product = jax.jit(lambda x, weight: ring_linear(x, weight, implementation=implementation))
         self._weights: dict[Hashable, np.ndarray] = {}
         self._step = 0
 
-    def place(self, site: Site, weights: tuple[Weight, ...]) -> tuple[Group, ...]:
-        """Puts the codes on the device; the scales stay here. The same group stands in place of each weight.
+    def place(self, site: Site, weights: tuple[Weight, ...]) -> Group:
+        """Puts the codes on the device; the scales stay here.
 
         Raises:
           PolicyError: a weight that has no codes of `w8a8`.
@@ -101,8 +101,7 @@ class IntegerBoundary:
             raise PolicyError(f"the products of {site_name(site)} can't be masked: {error}") from error
         self._weights[site] = matrix
         ends = tuple(itertools.accumulate(len(part) for part in codes))[:-1]
-        group = Group(site, jax.device_put(matrix, self._device), np.concatenate(scales), ends, bound)
-        return (group,) * len(weights)
+        return Group(self.link.place(site, (matrix,)), np.concatenate(scales), ends, bound)
 
     def begin(self) -> None:
         """After all weights are placed: draws the secrets, and begins to make pads."""
@@ -112,18 +111,19 @@ class IntegerBoundary:
             self.verifier = Verifier(self._weights)
 
     def close(self) -> None:
-        """Overwrites the pads that wait; nothing can be masked any more."""
+        """Overwrites the pads that wait, and ends the link; nothing can be masked any more."""
+        self.link.close()
         if self.pool is not None:
             self.pool.close()
 
-    def cross(self, site: Site, x: jax.Array, placed: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    def cross(self, group: Group, x: jax.Array) -> tuple[np.ndarray, ...]:
         """Sends codes, hidden where the policy says so, and takes sums, checked where it says so.
 
         Raises:
           IntegrityError: a product is not the one that was asked for; new secrets are drawn, nothing is sent again.
           PadExhaustedError, PadReuseError: see `PadPool.take`.
         """
-        group: Group = placed[0]
+        site = group.site
         rows = np.asarray(x).reshape(-1, x.shape[-1])
         if site.layer == 0 and site.name == "qkv":
             self._step += 1
@@ -132,10 +132,10 @@ class IntegerBoundary:
             crossing.bytes_to_device = 4 * rows.size
             crossing.bytes_to_host = decoded.sums.nbytes
             self._check(group, codes, decoded)
-        parts = np.split(decoded.out, group.ends, axis=1)
+        ends = (0, *group.ends, decoded.out.shape[1])
         return tuple(
-            jax.device_put(np.ascontiguousarray(part, x.dtype).reshape(*x.shape[:-1], -1), self._trusted)
-            for part in parts
+            np.ascontiguousarray(decoded.out[:, begin:end], x.dtype).reshape(*x.shape[:-1], -1)
+            for begin, end in itertools.pairwise(ends)
         )
 
     def _masked_sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
@@ -143,19 +143,14 @@ class IntegerBoundary:
             raise BoundaryError("the boundary has no pads yet: begin() comes first.")
         with self.pool.take(group.site, len(rows)) as pads:
             encoded = ring.encode(rows, pads.outgoing())
-            received = self._exchange(group, encoded.sent)
+            (received,) = self.link.exchange(group.placed, encoded.sent)
             decoded = ring.decode(received, pads.incoming(), encoded.scales, group.scales, group.bound)
         return decoded, encoded.codes
 
     def _sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
         encoded = ring.encode(rows)
-        received = self._exchange(group, encoded.sent)
+        (received,) = self.link.exchange(group.placed, encoded.sent)
         return ring.decode(received, None, encoded.scales, group.scales, group.bound), encoded.codes
-
-    def _exchange(self, group: Group, sent: np.ndarray) -> np.ndarray:
-        """What the device makes of `sent`: the crossing itself, and all of it."""
-        there = jax.device_put(sent, self._device)
-        return np.asarray(jax.device_put(self._product(there, group.there), self._trusted))
 
     def _check(self, group: Group, codes: np.ndarray, decoded: ring.Decoded) -> None:
         if self.verifier is None:

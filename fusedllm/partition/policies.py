@@ -10,10 +10,11 @@ from fusedllm.errors import PolicyError
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
 from fusedllm.partition.hosted import Boundary, Hosted
-from fusedllm.partition.integer import IntegerBoundary
+from fusedllm.partition.integer import IntegerBoundary, integer_product
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.link import Driven
 from fusedllm.partition.plain import Plain
-from fusedllm.partition.split import Split
+from fusedllm.partition.split import Split, clear_product
 
 NO_CLAIM = "no confidentiality claim"
 
@@ -112,10 +113,15 @@ def apply(name: str, params: Params, *, implementation: str | None, activation_b
     trusted, device = devices(name)
     boundary: Boundary
     if name == "split":
-        boundary = Split(device, trusted, precise=activation_bits == 16, implementation=implementation)
+        boundary = Split(
+            Driven(device, clear_product(precise=activation_bits == 16, implementation=implementation)),
+        )
     else:
-        masked, verified = "masked" in name, "verify" in name
-        boundary = IntegerBoundary(device, trusted, masked=masked, verified=verified, implementation=implementation)
+        boundary = IntegerBoundary(
+            Driven(device, integer_product(implementation=implementation)),
+            masked="masked" in name,
+            verified="verify" in name,
+        )
     placement = Hosted(boundary, trusted)
     return Applied(policy, placement, placement.place(params), boundary.ledger)
 

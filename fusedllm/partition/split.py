@@ -9,45 +9,47 @@ from __future__ import annotations
 import functools
 
 import jax
+import numpy as np
 
 from fusedllm.kernels.linear import linear
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.link import Link, Placed, Product
+
+
+def clear_product(*, precise: bool, implementation: str | None) -> Product:
+    """What the device computes under `split`: `linear` of what was sent."""
+    return functools.partial(linear, precise=precise, implementation=implementation)
 
 
 class Split:
     """The boundary of the policy `split`.
 
     Args:
-      device: where the products run.
-      trusted: where everything else does.
-      precise: as in `linear`.
-      implementation: of the products.
+      link: to the device, which multiplies by `clear_product`.
     """
 
-    def __init__(
-        self, device: jax.Device, trusted: jax.Device, *, precise: bool = True, implementation: str | None = None
-    ) -> None:
+    def __init__(self, link: Link) -> None:
         self.ledger = Ledger()
-        self._device = device
-        self._trusted = trusted
-        self._product = jax.jit(functools.partial(linear, precise=precise, implementation=implementation))
+        self.link = link
 
-    def place(self, site: Site, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    def place(self, site: Site, weights: tuple[Weight, ...]) -> Placed:
         """The weights on the device."""
-        placed: tuple[Weight, ...] = jax.device_put(weights, self._device)
-        return placed
+        return self.link.place(site, weights)
 
     def begin(self) -> None:
         """Nothing: there are no secrets."""
 
-    def cross(self, site: Site, x: jax.Array, placed: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
+    def close(self) -> None:
+        """Ends the link."""
+        self.link.close()
+
+    def cross(self, placed: Placed, x: jax.Array) -> tuple[np.ndarray, ...]:
         """Sends `x` as it is, and takes the products."""
-        with self.ledger.crossing(site.name) as crossing:
-            there = jax.device_put(x, self._device)
-            back = jax.block_until_ready(jax.device_put(self._product(there, *placed), self._trusted))
-            crossing.bytes_to_device = x.nbytes
-            crossing.bytes_to_host = sum(product.nbytes for product in back)
-        result: tuple[jax.Array, ...] = back
-        return result
+        rows = np.asarray(x).reshape(-1, x.shape[-1])
+        with self.ledger.crossing(placed.site.name) as crossing:
+            products = self.link.exchange(placed, rows)
+            crossing.bytes_to_device = rows.nbytes
+            crossing.bytes_to_host = sum(product.nbytes for product in products)
+        return tuple(product.reshape(*x.shape[:-1], -1) for product in products)

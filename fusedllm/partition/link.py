@@ -1,0 +1,82 @@
+"""`Link`: the way to the device and back. Nothing else of a policy touches the device.
+
+What a policy does to numbers before they leave, and to those that come back, is its `Boundary`'s; how they travel is
+the link's. `Driven` is the form in which the host launches one compiled product after another; in `in_program.py` one
+compiled program asks the host for what it multiplies next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from fusedllm.model.placement import Site
+
+# The operands of a product on the device, and its results: arrays `[rows, out]`.
+Product = Callable[..., tuple[jax.Array, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The weights of a site as the device has them.
+
+    Attributes:
+      site: whose.
+      weights: the operands of the product beside what is sent: arrays, or pytrees of them.
+    """
+
+    site: Site
+    weights: tuple[Any, ...]
+
+
+class Link(Protocol):
+    """Sends numbers to a device that multiplies them. All calls are of one thread at a time."""
+
+    def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:
+        """Puts the weights of a site on the device. A model's sites are placed before the first exchange."""
+        ...
+
+    def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What the product of `sent` with the weights of a site is on the device: all that leaves, all that comes back.
+
+        Args:
+          sent: `[rows, in]`; not written to until the exchange is over.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what is under way on the device."""
+        ...
+
+
+class Driven:
+    """The host launches a compiled product for each exchange.
+
+    Args:
+      device: that multiplies.
+      product: `(sent, *weights) -> products`, traceable.
+    """
+
+    def __init__(self, device: jax.Device, product: Product) -> None:
+        self.device = device
+        self.product = product
+        # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
+        self.launch = jax.jit(product, in_shardings=jax.sharding.SingleDeviceSharding(device))
+
+    def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:
+        """Puts the weights of a site on the device."""
+        return Placed(site, jax.device_put(weights, self.device))
+
+    def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Launches the product, and waits for it."""
+        with jax.transfer_guard_host_to_device("allow"):
+            products = self.launch(sent, *placed.weights)
+        with jax.transfer_guard_device_to_host("allow"):
+            return tuple(np.asarray(product) for product in products)
+
+    def close(self) -> None:
+        """Nothing: between two exchanges nothing is under way."""
