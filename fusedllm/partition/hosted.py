@@ -17,10 +17,12 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from fusedllm.model.params import LayerParams, Params, Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.views import DeviceProgram
 
 Result = TypeVar("Result")
 Carry = TypeVar("Carry")
@@ -48,6 +50,10 @@ class Boundary(Protocol):
 
     def cross(self, placed: Any, x: jax.Array) -> tuple[np.ndarray, ...]:
         """`x @ w.T` for each weight of a site; `x` and the results are the trusted side's."""
+        ...
+
+    def programs(self, rows: int, dtype: DTypeLike) -> list[DeviceProgram]:
+        """What runs on the device where `rows` rows of activations of `dtype` cross at each site."""
         ...
 
     def close(self) -> None:

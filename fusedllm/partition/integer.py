@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from fusedllm.errors import BoundaryError, IntegrityError, PolicyError
 from fusedllm.kernels.linear import integer_codes
@@ -26,6 +27,7 @@ from fusedllm.partition.link import Link, Placed, Product
 from fusedllm.partition.pad_pool import PadPool
 from fusedllm.partition.pad_supply import PoolLimits
 from fusedllm.partition.pads import site_name
+from fusedllm.partition.views import DeviceProgram, Label
 
 # A prompt's chunk needs a pad for each token: what the pool has not in store is made while the prompt waits.
 LIMITS = PoolLimits(exhausted="make")
@@ -109,6 +111,10 @@ class IntegerBoundary:
             self.pool = PadPool(self._weights, LIMITS)
         if self._verified:
             self.verifier = Verifier(self._weights)
+
+    def programs(self, rows: int, dtype: DTypeLike) -> list[DeviceProgram]:
+        """What runs on the device: with pads it sees numbers that tell nothing, whatever the `dtype` of activations."""
+        return self.link.programs(rows, np.int32, Label.MASKED if self._masked else Label.ACTIVATIONS)
 
     def close(self) -> None:
         """Overwrites the pads that wait, and ends the link; nothing can be masked any more."""

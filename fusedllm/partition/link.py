@@ -13,8 +13,11 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from fusedllm.model.placement import Site
+from fusedllm.partition.pads import site_name
+from fusedllm.partition.views import DeviceProgram, Label
 
 # The operands of a product on the device, and its results: arrays `[rows, out]`.
 Product = Callable[..., tuple[jax.Array, ...]]
@@ -52,6 +55,10 @@ class Link(Protocol):
         """Ends what is under way on the device."""
         ...
 
+    def programs(self, rows: int, dtype: DTypeLike, label: Label) -> list[DeviceProgram]:
+        """What runs on the device where `rows` rows of `dtype`, which are what `label` says, are sent to each site."""
+        ...
+
 
 class Driven:
     """The host launches a compiled product for each exchange.
@@ -66,10 +73,13 @@ class Driven:
         self.product = product
         # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
         self.launch = jax.jit(product, in_shardings=jax.sharding.SingleDeviceSharding(device))
+        self._sites: list[Placed] = []
 
     def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:
         """Puts the weights of a site on the device."""
-        return Placed(site, jax.device_put(weights, self.device))
+        placed = Placed(site, jax.device_put(weights, self.device))
+        self._sites.append(placed)
+        return placed
 
     def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
         """Launches the product, and waits for it."""
@@ -80,3 +90,16 @@ class Driven:
 
     def close(self) -> None:
         """Nothing: between two exchanges nothing is under way."""
+
+    def programs(self, rows: int, dtype: DTypeLike, label: Label) -> list[DeviceProgram]:
+        """A program for each site."""
+        return [
+            DeviceProgram(
+                f"the product of {site_name(placed.site)}",
+                self.launch,
+                (jax.ShapeDtypeStruct((rows, placed.weights[0].shape[1]), dtype), *placed.weights),
+                (label, *[Label.WEIGHTS] * len(placed.weights)),
+                self.device,
+            )
+            for placed in self._sites
+        ]

@@ -15,6 +15,7 @@ from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Driven
 from fusedllm.partition.plain import Plain
 from fusedllm.partition.split import Split, clear_product
+from fusedllm.partition.views import Label
 
 NO_CLAIM = "no confidentiality claim"
 
@@ -28,6 +29,7 @@ class Policy:
       trusted: what the trusted side does.
       seen: what whoever runs the accelerator sees.
       claim: what is kept from them, or `NO_CLAIM`.
+      leaks: the secrets that operations of the accelerator see (`views.py`; a test compares).
       crosses: whether products run on another device than the rest.
     """
 
@@ -35,6 +37,7 @@ class Policy:
     trusted: str
     seen: str
     claim: str
+    leaks: frozenset[Label] = frozenset()
     crosses: bool = False
 
 
@@ -43,11 +46,21 @@ LEAKS = "lengths, timing and the number of tokens leak"
 
 _REST = "everything but the products with weights: embedding, attention, KV cache, scales, sampling"
 
+_ACTIVATIONS = frozenset({Label.ACTIVATIONS})
+_EVERYTHING = _ACTIVATIONS | {Label.PROMPT, Label.KV_CACHE, Label.OUTPUT}
+
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("plain", "nothing", "weights, prompt, activations and output", NO_CLAIM),
-        Policy("split", _REST, "weights, and the activations of every product in the clear", NO_CLAIM, crosses=True),
+        Policy("plain", "nothing", "weights, prompt, activations and output", NO_CLAIM, _EVERYTHING),
+        Policy(
+            "split",
+            _REST,
+            "weights, and the activations of every product in the clear",
+            NO_CLAIM,
+            _ACTIVATIONS,
+            crosses=True,
+        ),
         Policy(
             "masked",
             _REST,
@@ -60,6 +73,7 @@ POLICIES = {
             f"{_REST}; and it checks each product",
             "weights, and the activations of every product in the clear, as integers",
             f"{NO_CLAIM}; a wrong product passes with a probability below 2^-61",
+            _ACTIVATIONS,
             crosses=True,
         ),
         Policy(

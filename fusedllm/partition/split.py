@@ -10,12 +10,14 @@ import functools
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from fusedllm.kernels.linear import linear
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Link, Placed, Product
+from fusedllm.partition.views import DeviceProgram, Label
 
 
 def clear_product(*, precise: bool, implementation: str | None) -> Product:
@@ -44,6 +46,10 @@ class Split:
     def close(self) -> None:
         """Ends the link."""
         self.link.close()
+
+    def programs(self, rows: int, dtype: DTypeLike) -> list[DeviceProgram]:
+        """What runs on the device, which sees activations."""
+        return self.link.programs(rows, dtype, Label.ACTIVATIONS)
 
     def cross(self, placed: Placed, x: jax.Array) -> tuple[np.ndarray, ...]:
         """Sends `x` as it is, and takes the products."""
