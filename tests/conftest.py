@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 
 import hypothesis
+import pyarrow as pa
 import pytest
 from jaxtyping import install_import_hook
 
@@ -104,3 +105,13 @@ def smollm2_checkpoint() -> Checkpoint:
     from fusedllm.weights.registry import resolve
 
     return open_checkpoint(resolve("smollm2-135m"))
+
+
+@pytest.fixture(scope="session")
+def w8a8(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """A tiny model whose products are sums of integers, with a head of its own: a table."""
+    from reference import tiny
+
+    from fusedllm.quantizing import quantize
+
+    return quantize(tiny.write("llama3", tmp_path_factory.mktemp("model")), "w8a8")

@@ -10,27 +10,18 @@ from conftest import TINY, TINY_ENGINE
 
 from fusedllm.errors import IntegrityError, PolicyError
 from fusedllm.llm import LLM, load
-from fusedllm.quantizing import quantize
 from fusedllm.weights.random import random_params
 
 POLICIES = ("verify", "masked", "masked+verify")
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """The tiny model in w8a8, with a head of its own."""
-    from reference import tiny
-
-    return quantize(tiny.write("llama3", tmp_path_factory.mktemp("model")), "w8a8")
-
-
-def under(table, policy) -> LLM:
-    return load(table, policy=policy, engine=TINY_ENGINE)
+def under(w8a8, policy) -> LLM:
+    return load(w8a8, policy=policy, engine=TINY_ENGINE)
 
 
 @pytest.fixture(scope="module")
-def models(table):
-    made = {policy: under(table, policy) for policy in POLICIES}
+def models(w8a8):
+    made = {policy: under(w8a8, policy) for policy in POLICIES}
     yield made
     for llm in made.values():
         boundary_of(llm).close()

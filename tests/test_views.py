@@ -20,7 +20,6 @@ from fusedllm.partition.hosted import Hosted
 from fusedllm.partition.link import Driven
 from fusedllm.partition.policies import POLICIES
 from fusedllm.partition.views import DeviceProgram, Label, check_compiled, leaks, view
-from fusedllm.quantizing import quantize
 from fusedllm.weights.random import random_params
 
 TRUSTED, DEVICE = jax.devices("cpu")[:2]
@@ -28,15 +27,8 @@ PROMPT = [5, 9, 3, 44, 17, 8]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    from reference import tiny
-
-    return quantize(tiny.write("llama3", tmp_path_factory.mktemp("model")), "w8a8")
-
-
-@pytest.fixture(scope="module")
-def models(table):
-    made = {name: load(table, policy=name, engine=TINY_ENGINE) for name in POLICIES}
+def models(w8a8):
+    made = {name: load(w8a8, policy=name, engine=TINY_ENGINE) for name in POLICIES}
     yield made
     for llm in made.values():
         if llm.policy.crosses:
