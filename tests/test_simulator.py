@@ -1,7 +1,7 @@
 """The simulator: what the device is sent under `masked` could have come from any other prompt of the same length.
 
 Prompt A with the pads r, and prompt B with the pads r + x_A - x_B, where x are the codes that cross, send the same
-bytes at every crossing of a whole generation. As r is uniform, so is r + x_A - x_B: whoever sees the bytes can't tell which
+bytes at every crossing of a whole generation. As r is uniform, so is r + x_A - x_B: who sees the bytes can't tell which
 of the two it was. What is left to see is how many rows crossed, and when.
 """
 
