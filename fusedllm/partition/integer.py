@@ -71,15 +71,17 @@ class IntegerBoundary:
       link: to the device, which multiplies by `integer_product`.
       masked: whether pads hide what is sent.
       verified: whether products are checked.
+      limits: of the pads.
     """
 
-    def __init__(self, link: Link, *, masked: bool, verified: bool) -> None:
+    def __init__(self, link: Link, *, masked: bool, verified: bool, limits: PoolLimits = LIMITS) -> None:
         self.ledger = Ledger()
         self.link = link
         self.pool: PadPool | None = None
         self.verifier: Verifier | None = None
         self._masked = masked
         self._verified = verified
+        self._limits = limits
         self._weights: dict[Hashable, np.ndarray] = {}
         self._step = 0
 
@@ -108,7 +110,7 @@ class IntegerBoundary:
     def begin(self) -> None:
         """After all weights are placed: draws the secrets, and begins to make pads."""
         if self._masked:
-            self.pool = PadPool(self._weights, LIMITS)
+            self.pool = PadPool(self._weights, self._limits)
         if self._verified:
             self.verifier = Verifier(self._weights)
 
