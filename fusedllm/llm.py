@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
 from fusedllm.model.params import Params
 from fusedllm.partition import policies
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.pad_supply import PadReport
 from fusedllm.stream import Stream
 from fusedllm.text.chat import ChatTemplate
 from fusedllm.text.tokenizer import Tokenizer
@@ -204,6 +205,11 @@ class LLM:
         """What has crossed the boundary so far."""
         return self._applied.ledger
 
+    @property
+    def pads(self) -> Mapping[Hashable, PadReport]:
+        """What was computed beforehand so that products can be hidden, by site; empty under most policies."""
+        return {} if self._applied.boundary is None else self._applied.boundary.pads()
+
     def policy_words(self) -> str:
         """What the policy lets the accelerator see, and what it claims."""
         policy = self._applied.policy
@@ -211,7 +217,11 @@ class LLM:
 
     def boundary_report(self) -> str:
         """What has crossed the boundary so far, by site, under the policy's own words."""
-        return f"{self.policy_words()}\n{self._applied.ledger.table()}"
+        return f"{self.policy_words()}\n{self._applied.report()}"
+
+    def close(self) -> None:
+        """Ends the policy's session: pads that wait are overwritten, and nothing can cross any more."""
+        self._applied.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None, **keywords: Any

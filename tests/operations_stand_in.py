@@ -19,6 +19,9 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from fusedllm.engine.stats import EngineStats
+from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.pad_supply import PadReport
+from fusedllm.partition.policies import POLICIES, Policy
 from fusedllm.serve import health, lifecycle, metrics, server
 from fusedllm.serve.auth import caller
 from fusedllm.serve.settings import ServerSettings
@@ -49,6 +52,9 @@ class Model:
     programs: int = 1
     seconds: float = 0.0
     running: int = 0
+    policy: Policy = POLICIES["plain"]
+    boundary: Ledger = field(default_factory=Ledger)
+    pads: dict[str, PadReport] = field(default_factory=dict)
 
     def warm_up(self, on_program: Any) -> None:
         for number in range(self.programs):

@@ -15,6 +15,8 @@ from operations_stand_in import Model, serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from fusedllm.engine.stats import EngineStats
+from fusedllm.partition.pad_supply import PadReport
+from fusedllm.partition.policies import POLICIES
 from fusedllm.serve import logs
 from fusedllm.serve.metrics import Histogram, Metrics
 
@@ -36,6 +38,12 @@ NAMES = {
     "request_generation_tokens": "histogram",
     "failed_steps": "counter",
     "compiles_after_ready": "counter",
+    "boundary_crossings": "counter",
+    "boundary_bytes": "counter",
+    "boundary_seconds": "counter",
+    "pad_rows": "counter",
+    "pad_seconds": "counter",
+    "pad_bytes_waiting": "gauge",
 }
 
 
@@ -89,6 +97,24 @@ def test_requests_are_counted_by_the_reason_of_their_end():
     assert found[("e2e_request_latency_seconds_bucket", "0.25")] == 0
     assert found[("e2e_request_latency_seconds_bucket", "0.5")] == 4
     assert found[("compiles_after_ready_total",)] == 1
+
+
+def test_what_crosses_the_boundary_is_told_by_site():
+    model = Model()
+    metrics = Metrics(model)
+    model.policy = POLICIES["masked"]
+    for _ in range(3):
+        with model.boundary.crossing("o") as crossing:
+            crossing.bytes_to_device, crossing.bytes_to_host = 40, 20
+    model.pads = {"o": PadReport(8, 5, 100, 0.25, 0.5), "down": PadReport(4, 1, 10, 0.0, 0.25)}
+    found = samples(metrics.render().decode())
+    assert found[("boundary_crossings_total", "masked", "o")] == 3
+    assert found[("boundary_bytes_total", "masked", "o", "to_device")] == 120
+    assert found[("boundary_bytes_total", "masked", "o", "to_host")] == 60
+    assert found[("boundary_seconds_total", "masked", "o")] > 0
+    assert found[("pad_rows_total",)] == 12
+    assert found[("pad_seconds_total",)] == 1
+    assert found[("pad_bytes_waiting",)] == 510
 
 
 def test_tokens_of_one_launch_share_the_time_since_the_one_before():

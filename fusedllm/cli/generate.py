@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
             print(summary(stream), file=sys.stderr)
     if options.stats:
         print(statistics(llm), file=sys.stderr)
+    llm.close()
 
 
 def _prompt(option: str) -> str:

@@ -97,7 +97,10 @@ def run(options: argparse.Namespace) -> None:
         settings = _attested(settings, checkpoint, options.policy)
     llm = load_model(options, checkpoint, engine)
     print(llm.policy_words(), file=sys.stderr, flush=True)
-    serve(llm, settings, block=True)
+    try:
+        serve(llm, settings, block=True)
+    finally:
+        llm.close()
 
 
 def settings_of(options: argparse.Namespace) -> ServerSettings:

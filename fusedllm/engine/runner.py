@@ -227,11 +227,12 @@ class Runner:
             on_program(f"prefill of {bucket} tokens")
             hidden, _ = self.prefill([0], 0, bucket, ())
         on_program("admission")
-        idle = engine_request.Sequence((0,), SamplingParams(), frozenset(), budget=1, seed=0)
-        self.admit(0, idle, (0,), (), hidden)
+        # One step is really made: where the host drives, a program is compiled as far as it runs.
+        request = engine_request.Sequence((0,), SamplingParams(), frozenset(), budget=2, seed=0)
         for batch in self.engine.batch_buckets:
+            self.admit(0, request, (0,), (), hidden)
             on_program(_decode_name(batch))
-            outputs = self.decode(orders(self.engine, [], batch), 1)
+            outputs = self.decode(orders(self.engine, [(0, 0, ())], batch), 1)
         jax.block_until_ready(outputs)
 
     def warm_up_scores(self, bucket: int) -> None:

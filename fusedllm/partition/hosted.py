@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from fusedllm.model.params import LayerParams, Params, Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
+from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.views import DeviceProgram
 
 Result = TypeVar("Result")
@@ -50,6 +51,10 @@ class Boundary(Protocol):
 
     def cross(self, placed: Any, x: jax.Array) -> tuple[np.ndarray, ...]:
         """`x @ w.T` for each weight of a site; `x` and the results are the trusted side's."""
+        ...
+
+    def pads(self) -> Mapping[Hashable, PadReport]:
+        """What was computed beforehand, by site; empty where nothing is hidden."""
         ...
 
     def programs(self, rows: int, dtype: DTypeLike) -> list[DeviceProgram]:

@@ -8,7 +8,7 @@ sees numbers that are uniform over the ring modulo 2^32 (`ring.py`, `pads.py`); 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -25,7 +25,7 @@ from fusedllm.partition.integrity import Verifier
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Link, Placed, Product
 from fusedllm.partition.pad_pool import PadPool
-from fusedllm.partition.pad_supply import PoolLimits
+from fusedllm.partition.pad_supply import PadReport, PoolLimits
 from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
 
@@ -113,6 +113,10 @@ class IntegerBoundary:
             self.pool = PadPool(self._weights, self._limits)
         if self._verified:
             self.verifier = Verifier(self._weights)
+
+    def pads(self) -> Mapping[Hashable, PadReport]:
+        """What the offline phase took so far."""
+        return {} if self.pool is None else self.pool.report()
 
     def programs(self, rows: int, dtype: DTypeLike) -> list[DeviceProgram]:
         """What runs on the device: with pads it sees numbers that tell nothing, whatever the `dtype` of activations."""

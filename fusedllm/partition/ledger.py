@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True)
@@ -54,6 +54,11 @@ class Ledger:
         one = Crossings(1, made.bytes_to_device, made.bytes_to_host, time.perf_counter() - began)
         with self._lock:
             self.sites.setdefault(site, Crossings()).add(one)
+
+    def by_site(self) -> dict[str, Crossings]:
+        """A copy of what crossed at each site."""
+        with self._lock:
+            return {name: replace(found) for name, found in self.sites.items()}
 
     def total(self) -> Crossings:
         """All sites together."""

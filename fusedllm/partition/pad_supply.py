@@ -57,8 +57,17 @@ class PadReport:
     @property
     def rows_per_second(self) -> float:
         """Rows made a second of the offline phase."""
-        seconds = self.draw_seconds + self.product_seconds
-        return self.rows / seconds if seconds else 0.0
+        return self.rows / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the offline phase."""
+        return self.draw_seconds + self.product_seconds
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Storage of the rows that wait."""
+        return self.waiting * self.row_bytes
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +14,7 @@ from fusedllm.partition.hosted import Boundary, Hosted
 from fusedllm.partition.integer import IntegerBoundary, integer_product
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Driven
+from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.plain import Plain
 from fusedllm.partition.split import Split, clear_product
 from fusedllm.partition.views import Label
@@ -93,12 +95,26 @@ POLICIES = {
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A policy over one model: the placement, the parameters where it wants them, and what it counts."""
+    """A policy over one model: the placement, the parameters where it wants them, and what it counts.
+
+    `boundary` is `None` where nothing crosses.
+    """
 
     policy: Policy
     placement: Placement
     params: Params
     ledger: Ledger
+    boundary: Boundary | None = None
+
+    def report(self) -> str:
+        """What has crossed so far, by site, and what was computed beforehand."""
+        pads = {} if self.boundary is None else self.boundary.pads()
+        return "\n".join([self.ledger.table(), *([pad_words(pads.values())] if pads else [])])
+
+    def close(self) -> None:
+        """Ends the session: secrets are overwritten, and nothing crosses any more."""
+        if self.boundary is not None:
+            self.boundary.close()
 
 
 def find(name: str) -> Policy:
@@ -137,7 +153,20 @@ def apply(name: str, params: Params, *, implementation: str | None, activation_b
             verified="verify" in name,
         )
     placement = Hosted(boundary, trusted)
-    return Applied(policy, placement, placement.place(params), boundary.ledger)
+    return Applied(policy, placement, placement.place(params), boundary.ledger, boundary)
+
+
+def pad_words(reports: Iterable[PadReport]) -> str:
+    """What the offline phase took, in a line."""
+    made = list(reports)
+    rows, seconds = sum(report.rows for report in made), sum(report.seconds for report in made)
+    draw = sum(report.draw_seconds for report in made)
+    waiting = sum(report.waiting_bytes for report in made)
+    each = 1e3 * seconds / rows if rows else 0.0
+    return (
+        f"pads: {rows:,} rows made in {seconds:.2f} s beside the above ({each:.3f} ms each; {draw:.2f} s the cipher, "
+        f"the rest r W), {waiting / 1e6:.1f} MB wait: they buy latency, not throughput"
+    )
 
 
 def devices(name: str) -> tuple[jax.Device, jax.Device]:

@@ -7,6 +7,7 @@ follow. It is the price of the crossing alone, beside which `masked` is to be re
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable, Mapping
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Link, Placed, Product
+from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.views import DeviceProgram, Label
 
 
@@ -46,6 +48,10 @@ class Split:
     def close(self) -> None:
         """Ends the link."""
         self.link.close()
+
+    def pads(self) -> Mapping[Hashable, PadReport]:
+        """None."""
+        return {}
 
     def programs(self, rows: int, dtype: DTypeLike) -> list[DeviceProgram]:
         """What runs on the device, which sees activations."""

@@ -138,8 +138,34 @@ class Metrics(Collector):
         for status, number in sorted(self._responses.items()):
             responses.add_metric([str(status)], number)
         yield responses
+        yield from boundary_families(self._llm)
         for histogram in (self._first_token, self._inter_token, self._seconds, self._prompt, self._generation):
             yield histogram.family()
+
+
+def boundary_families(llm: LLM) -> Iterator[Metric]:
+    """What has crossed the trust boundary, by site, and what was computed beforehand."""
+    policy = llm.policy.name
+    crossings, seconds = (
+        CounterMetricFamily(PREFIX + name, words, labels=["policy", "site"])
+        for name, words in (
+            ("boundary_crossings", "Products sent to the untrusted device."),
+            ("boundary_seconds", "From a product's sending until its results were there and checked."),
+        )
+    )
+    moved = CounterMetricFamily(
+        PREFIX + "boundary_bytes", "Bytes that crossed.", labels=["policy", "site", "direction"]
+    )
+    for site, found in sorted(llm.boundary.by_site().items()):
+        crossings.add_metric([policy, site], found.count)
+        seconds.add_metric([policy, site], found.seconds)
+        moved.add_metric([policy, site, "to_device"], found.bytes_to_device)
+        moved.add_metric([policy, site, "to_host"], found.bytes_to_host)
+    yield from (crossings, seconds, moved)
+    pads = llm.pads.values()
+    yield _count("pad_rows", "Rows of pads made for what is to be hidden.", sum(report.rows for report in pads))
+    yield _count("pad_seconds", "Seconds of making them, beside the crossings.", sum(report.seconds for report in pads))
+    yield _gauge("pad_bytes_waiting", "Bytes of pads that wait.", sum(report.waiting_bytes for report in pads))
 
 
 def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
