@@ -109,8 +109,8 @@ def test_what_crosses_the_boundary_is_told_by_site():
     model.pads = {"o": PadReport(8, 5, 100, 0.25, 0.5), "down": PadReport(4, 1, 10, 0.0, 0.25)}
     found = samples(metrics.render().decode())
     assert found[("boundary_crossings_total", "masked", "o")] == 3
-    assert found[("boundary_bytes_total", "masked", "o", "to_device")] == 120
-    assert found[("boundary_bytes_total", "masked", "o", "to_host")] == 60
+    assert found[("boundary_bytes_total", "to_device", "masked", "o")] == 120
+    assert found[("boundary_bytes_total", "to_host", "masked", "o")] == 60
     assert found[("boundary_seconds_total", "masked", "o")] > 0
     assert found[("pad_rows_total",)] == 12
     assert found[("pad_seconds_total",)] == 1
