@@ -73,7 +73,8 @@ def load(
         `dtype` is `auto`, otherwise that of the activations.
       max_context: positions that one request may use; by default the model's own limit, at most 4,096.
       engine: all sizes at once, instead of `max_context`.
-      keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run.
+      keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run,
+        and where the policy asks for integers.
       implementation: of the kernels, `xla` or `ffi` (native, on the CPU); by default the best there is.
       activation_bits: 16 or 8: to what native products with quantized weights round activations, in groups of 32. 8
         prefills up to 1.8 times as fast, and moves logits by about 1 % of their range. By default 8 for models whose
@@ -101,6 +102,7 @@ def load(
     if threads is not None:
         set_threads(threads, native_kernels)
     as_filed = dtype == "auto" and native_kernels
+    needs_integers = policies.find(policy).integers
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None
     if random_weights:
@@ -119,7 +121,7 @@ def load(
             params, report = load_params(
                 checkpoint,
                 dtype=None if as_filed else np.dtype(compute),
-                keep_quantized=as_filed if keep_quantized is None else keep_quantized,
+                keep_quantized=as_filed or needs_integers if keep_quantized is None else keep_quantized,
                 pack=native_kernels,
                 progress=progress,
             )

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_ENGINE
 
+from fusedllm.engine.config import EngineConfig
 from fusedllm.errors import IntegrityError, PolicyError
 from fusedllm.llm import LLM, load
+from fusedllm.quantizing import quantize_file
 from fusedllm.weights.random import random_params
 
 POLICIES = ("verify", "masked", "masked+verify")
@@ -41,6 +43,29 @@ def test_every_policy_gives_the_same_bits(models):
         unmasked = models["verify"].logits(prompt)
         for policy in ("masked", "masked+verify"):
             np.testing.assert_array_equal(models[policy].logits(prompt), unmasked)
+
+
+def test_and_they_are_those_of_the_one_fused_program(models, w8a8):
+    """Up to what XLA makes of float32 sums that it fuses in one program and not in several."""
+    plain = load(w8a8, engine=TINY_ENGINE)
+    for prompt in prompts(plain):
+        np.testing.assert_allclose(models["masked"].logits(prompt), plain.logits(prompt), atol=1e-5)
+
+
+def test_a_trained_model_is_bit_for_bit_the_same_hidden_or_not(tmp_path_factory):
+    path = tmp_path_factory.mktemp("smollm2") / "w8a8.arrow"
+    quantize_file("smollm2-135m", path, "w8a8")
+    shapes = EngineConfig(max_context=128, cache_tokens=512, prefill_buckets=(16, 64), batch_buckets=(1, 2))
+    plain, masked = (load(path, policy=policy, engine=shapes) for policy in ("plain", "masked"))
+    ids = plain.encode("The trust boundary of a computer is where")
+    np.testing.assert_array_equal(masked.logits(ids), plain.logits(ids))
+    for parameters in ({}, {"temperature": 0.8, "seed": 11}):
+        texts = [
+            [answer.text for answer in llm.generate([ids, ids[:5]], max_tokens=12, ignore_eos=True, **parameters)]
+            for llm in (plain, masked)
+        ]
+        assert texts[0] == texts[1]
+    masked.close()
 
 
 def test_and_the_same_text_in_company(models):

@@ -33,6 +33,7 @@ class Policy:
       claim: what is kept from them, or `NO_CLAIM`.
       leaks: the secrets that operations of the accelerator see (`views.py`; a test compares).
       crosses: whether products run on another device than the rest.
+      integers: whether they are sums of integers, as those of `w8a8` are.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Policy:
     claim: str
     leaks: frozenset[Label] = frozenset()
     crosses: bool = False
+    integers: bool = False
 
 
 # What every policy leaks to whoever runs the accelerator, however well it hides the rest.
@@ -69,6 +71,7 @@ POLICIES = {
             "weights, and integers that are uniform over the ring modulo 2^32",
             f"prompt, activations and output are secret as far as the pads' cipher is; {LEAKS}",
             crosses=True,
+            integers=True,
         ),
         Policy(
             "verify",
@@ -77,6 +80,7 @@ POLICIES = {
             f"{NO_CLAIM}; a wrong product passes with a probability below 2^-61",
             _ACTIVATIONS,
             crosses=True,
+            integers=True,
         ),
         Policy(
             "masked+verify",
@@ -85,6 +89,7 @@ POLICIES = {
             f"prompt, activations and output are secret as far as the pads' cipher is; {LEAKS}; a wrong product passes "
             "with a probability below 2^-61",
             crosses=True,
+            integers=True,
         ),
         Policy(
             "trusted", "everything, on the CPU", "nothing", f"weights, prompt, activations and output stay; {LEAKS}"
@@ -142,7 +147,7 @@ def apply(name: str, params: Params, *, implementation: str | None, activation_b
         return Applied(policy, plain, params, Ledger())
     trusted, device = devices(name)
     boundary: Boundary
-    if name == "split":
+    if not policy.integers:
         boundary = Split(
             Driven(device, clear_product(precise=activation_bits == 16, implementation=implementation)),
         )
