@@ -55,9 +55,13 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         )
         _waterfall(left, rows)
         _shares(right, rows)
-        figure.legend(
-            *right.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, labelcolor=INK
+        handles, labels = (
+            [*of_right, *of_left]
+            for of_right, of_left in zip(
+                right.get_legend_handles_labels(), left.get_legend_handles_labels(), strict=True
+            )
         )
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=INK)
         figure.suptitle(_title(result))
         figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight", pad_inches=0.15)
         pyplot.close(figure)
@@ -88,14 +92,15 @@ def _waterfall(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.text(end * 1.12, index, f"{_time(latency)}{faster}{offline}", va="center")
         # A program may take less than its products one by one.
         alone = 1e3 * row["arithmetic"].median
-        axes.plot([alone, alone], [index - 0.31, index + 0.31], color=MARK, linewidth=1.6, clip_on=False)
+        label = None if index else "a rung's products alone"
+        axes.plot([alone, alone], [index - 0.31, index + 0.31], color=MARK, linewidth=1.6, label=label)
         if index + 1 < len(rows):
             axes.plot([latency, latency], [index + 0.31, index + 0.69], color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [title(row).replace(" [", "\n[") for row in rows])
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds / 1e3:g} s")
     axes.xaxis.set_minor_formatter(lambda *_: "")
-    axes.set_title("latency (logarithmic), and times as fast as (a); | its products alone", color=INK)
+    axes.set_title("latency (logarithmic), and times as fast as (a)", color=INK)
     _bare(axes)
 
 
