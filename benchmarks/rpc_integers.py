@@ -16,7 +16,6 @@ from fusedllm.config import ModelConfig
 from fusedllm.kernels.quantize import quantize
 from fusedllm.kernels.ring_linear import ring_linear
 from fusedllm.model.placement import Site
-from fusedllm.partition import integer
 from fusedllm.partition.pad_pool import PadPool
 from fusedllm.partition.pad_supply import PadReport, PoolLimits
 from fusedllm.partition.pads import site_name
@@ -53,45 +52,47 @@ def _codes(tensor: LazyTensor) -> QuantArray:
     return QuantArray(values, scales, None, W8A8, tensor.shape)  # type: ignore[arg-type]
 
 
-def keep_pads(rows: int) -> None:
-    """Sessions that begin from now on have room for so many rows of pads a site, and make none behind our back."""
-    integer.LIMITS = PoolLimits(capacity=rows, low_water=0, exhausted="make")
-
-
 class Pads:
     """The pads of a loaded model: made while nobody waits, and what those of one prompt took."""
 
-    def __init__(self, pool: PadPool) -> None:
+    def __init__(self, pool: PadPool, rows: int) -> None:
+        """Makes room for so many rows a site, and has none made behind our back."""
+        pool.limits = PoolLimits(capacity=rows, low_water=0, exhausted="make")
         self._pool = pool
-        self._before = self._burned()
+        self._burned_before, self._made_before = self._burned(), self._made()
 
     def fill(self) -> None:
         """Makes what is missing, so that no prompt waits for it; what is burned counts from here."""
         self._pool.fill()
-        self._before = self._burned()
+        self._burned_before, self._made_before = self._burned(), self._made()
 
     def used(self) -> dict[str, float]:
-        """Of the rows that were burned since `fill`: seconds that they took to draw and to multiply, and their bytes.
+        """Of the rows that were burned since `fill`: seconds that they took to draw and to multiply, and their bytes;
+        and how many were made since then, while somebody waited.
 
         A site's rows cost what all of its rows have cost on average: the pool makes many at a time.
         """
         reports = self._pool.report()
-        rows = {site: burned - self._before[site] for site, burned in self._burned().items()}
+        rows = {site: burned - self._burned_before[site] for site, burned in self._burned().items()}
         return {
             "offline": sum(count * _row_seconds(reports[site]) for site, count in rows.items()),
             "pad_bytes": sum(count * reports[site].row_bytes for site, count in rows.items()),
+            "made_meanwhile": self._made() - self._made_before,
         }
 
     def row_seconds(self) -> float:
         """Seconds of one row at every site: the pads of a token."""
         return sum(_row_seconds(report) for report in self._pool.report().values())
 
+    def _made(self) -> int:
+        return sum(report.rows for report in self._pool.report().values())
+
     def _burned(self) -> dict[Any, int]:
         return {site: self._pool.ledger.counts(self._pool.session, site_name(site))[0] for site in self._pool.report()}
 
 
 def _row_seconds(report: PadReport) -> float:
-    return (report.draw_seconds + report.product_seconds) / max(report.rows, 1)
+    return report.seconds / max(report.rows, 1)
 
 
 class RingProducts:

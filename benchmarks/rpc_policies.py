@@ -35,7 +35,7 @@ class Policy:
     def load(self, config: dict[str, Any], dtype: str, seed: int, seq: int) -> dict[str, Any]:
         """Loads and warms up a model: what the policy claims, or why it can't be."""
         import numpy as np
-        from rpc_integers import Pads, keep_pads, quantized
+        from rpc_integers import Pads, quantized
         from rpc_model import dtypes
 
         import fusedllm
@@ -56,7 +56,6 @@ class Policy:
         keywords: dict[str, Any] = {"keep_quantized": True} if self._name in INTEGERS else {}
         if self._name in INTEGERS:
             checkpoint = quantized(checkpoint)
-            keep_pads(bucket + DECODED)
         try:
             self._llm = fusedllm.load(
                 checkpoint, dtype=dtype, engine=shapes, keep_programs=False, policy=self._name, **keywords
@@ -64,8 +63,8 @@ class Policy:
         except FusedLLMError as error:
             return {"why_not": f"{self._name}: {error}"}
         # The engine's own way to them: no other is public.
-        pool = getattr(getattr(self._llm._applied.placement, "boundary", None), "pool", None)
-        self._pads = None if pool is None else Pads(pool)
+        pool = getattr(self._llm._applied.boundary, "pool", None)
+        self._pads = None if pool is None else Pads(pool, bucket + DECODED)
         return {"claim": self._llm.policy.claim}
 
     def logits(self, tokens: list[int]) -> list[float]:

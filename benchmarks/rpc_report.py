@@ -156,7 +156,12 @@ def _pads(result: dict[str, Any]) -> str:
         for row in result["rows"]
         if "offline" in row
     ]
-    return "\n".join([*lines, "A pad buys latency, not throughput."]) if lines else ""
+    late = [
+        f"{row['name']}: rows of pads were made while the prompt waited, and its latency has them: the pool was short."
+        for row in result["rows"]
+        if row.get("made_meanwhile") and row["made_meanwhile"].median > 0
+    ]
+    return "\n".join([*lines, *late, "A pad buys latency, not throughput."]) if lines else ""
 
 
 def _verdicts(result: dict[str, Any]) -> str:

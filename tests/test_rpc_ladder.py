@@ -23,6 +23,7 @@ if not hasattr(os, "memfd_create"):
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import rpc_codecs
+import rpc_integers
 import rpc_ladder
 import rpc_model
 import rpc_musts
@@ -33,6 +34,8 @@ from conftest import TINY
 from rpc_client import PHASES, Account, Call, Channel, DeviceServer, TrustedClient, largest_message
 
 from fusedllm.kernels.quantize import quantize
+from fusedllm.partition.pad_pool import PadPool
+from fusedllm.partition.pad_supply import PoolLimits
 from fusedllm.weights.random import random_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +171,7 @@ def test_pads_of_a_prompt_are_made_beforehand_and_counted_once(result):
     numbers = SEQ * (TINY.num_layers * qkv + (TINY.num_layers - 1) * others) + others + hidden + TINY.vocab_size
     for name, row in with_pads.items():
         assert row["pad_bytes"].median == 4 * numbers
+        assert row["made_meanwhile"].median == row["made_meanwhile"].iqr == 0
         assert row["offline"].median > 0
         assert result["decode"][name]["offline"].median > 0
 
@@ -209,6 +213,22 @@ def test_a_call_that_does_not_exist_ends_the_program_with_the_servers_words(ladd
     frame = server.codecs["b"].pack({"name": "nonsense", "layer": 0}, [])
     with pytest.raises(SystemExit, match=r"the device server refuses: AttributeError: .*nonsense"):
         server.exchange(server.sockets["ipc"], "b", frame)
+
+
+def test_a_pool_has_room_for_a_prompt_and_says_where_it_was_short():
+    weights = {"one": np.ones((3, 4), np.int8), "other": np.ones((5, 4), np.int8)}
+    rows = 2 * PoolLimits().capacity
+    with PadPool(weights, background=False) as pool:
+        pads = rpc_integers.Pads(pool, rows)
+        pads.fill()
+        for _ in range(2):
+            with pool.take("one", rows // 2):
+                used = pads.used()
+        assert used["pad_bytes"] == rows * 4 * (3 + 4)
+        assert used["offline"] > 0
+        assert used["made_meanwhile"] == 0
+        with pool.take("one", 1):
+            assert pads.used()["made_meanwhile"] > 0
 
 
 def test_products_are_timed_without_the_time_of_what_they_wait_behind(monkeypatch):
@@ -298,8 +318,6 @@ def test_elsewhere_the_whole_is_judged_and_a_part_decides_nothing():
 
 
 def test_what_is_quantized_when_it_is_read_is_what_quantize_makes(monkeypatch):
-    import rpc_integers
-
     # In several parts.
     monkeypatch.setattr(rpc_integers, "QUANTIZED_WEIGHTS", 1000)
     checkpoint = random_checkpoint(TINY, "float32", 1)

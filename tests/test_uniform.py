@@ -233,7 +233,7 @@ def model_views() -> Callable[[str], Views]:
             for label in labels:
                 forwards.append([])
                 llm.logits(both[label])
-        llm._applied.placement.boundary.close()
+        llm.close()
         return Views(labels, forwards)
 
     return seen
