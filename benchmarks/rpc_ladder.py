@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import rpc_transport
-from common import Spread, Worker, environment, prefill_operations, sizes, warn_if_busy, write_json
+from common import Spread, Worker, environment, warn_if_busy, write_json
 from rpc_client import IN_PROCESS, PHASES, Channel, DeviceServer, TrustedClient, largest_message
 from rpc_musts import verdicts
 from rpc_plot import plot
@@ -281,7 +281,7 @@ def run(
     server.share(largest_message(setting.config, setting.seq))
     result = measure(Ladder(setting, server, policies), rungs, repetitions)
     result |= {
-        "operations": prefill_operations(sizes(setting.config), setting.seq),
+        "operations": needed_operations(setting.config, setting.seq),
         "weight_bytes": server.ask("weight_bytes"),
         "weights": product_weights(setting.config),
         "seq": setting.seq,
@@ -290,6 +290,18 @@ def run(
         "repetitions": repetitions,
     }
     return result
+
+
+def needed_operations(config: ModelConfig, seq: int) -> float:
+    """Floating-point operations that nobody can leave out: of the last layer only keys and values of all tokens."""
+    width, narrow = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    keys_and_values = config.hidden_size * narrow
+    others = config.hidden_size * (2 * width + 3 * config.intermediate_size)
+    before = config.num_layers - 1
+    # A token attends to half of them on average, and to itself.
+    pairs = before * seq * (seq + 1) / 2 + seq
+    products = config.num_layers * seq * keys_and_values + (before * seq + 1) * others
+    return 2 * (products + 2 * width * pairs + config.vocab_size * config.hidden_size)
 
 
 def product_weights(config: ModelConfig) -> int:

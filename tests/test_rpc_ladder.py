@@ -257,6 +257,20 @@ def test_the_report_says_what_was_scaled_and_that_nothing_is_claimed(result):
     assert "Left out: masked: because." in left_out
 
 
+def test_the_operations_of_a_prompt_are_those_that_have_to_be():
+    attention = 4 * TINY.num_heads * TINY.head_dim
+    norms = TINY.hidden_size * (2 * TINY.num_layers + 1)
+    one = 2 * (rpc_ladder.product_weights(TINY) - norms) + attention * TINY.num_layers
+    assert rpc_ladder.needed_operations(TINY, 1) == one
+    # What a whole prompt needs, but for the queries, the rest of the layer and the attention of all but one token of
+    # the last layer.
+    width, ffn = TINY.num_heads * TINY.head_dim, TINY.intermediate_size
+    saved = 2 * (SEQ - 1) * TINY.hidden_size * (2 * width + 3 * ffn) + attention * SEQ * (SEQ - 1) / 2
+    whole = 2 * SEQ * (rpc_ladder.product_weights(TINY) - norms - TINY.vocab_size * TINY.hidden_size)
+    whole += 2 * TINY.vocab_size * TINY.hidden_size + attention * TINY.num_layers * SEQ * (SEQ + 1) / 2
+    assert rpc_ladder.needed_operations(TINY, SEQ) == whole - saved
+
+
 def test_a_limit_is_what_no_rung_exceeds(result):
     limits = result["limits"]
     assert all(limits[name] > 0 for name in ("operations_per_second", "integer_operations_per_second", "read_rate"))
