@@ -14,11 +14,14 @@ activation, and a device server, which does the products: six calls a layer, one
 
 The head sees the last token alone, as in the engine, and keys and values are sent once for all heads that share them;
 the predecessor was less kind to itself. Beside it the engine's prefill under its policies, each in one process. All use
-random weights, the same ones, and the same kernels, and their logits are compared. A figure is the median over the
-repetitions, in which all rungs take turns at being first; "overhead" is what a rung takes longer than its own products
-where nothing has to travel, timed in the same repetition.
+random weights, the same ones, and the same kernels, and their logits are compared; `masked` and `verify` have them in
+w8a8, which their products need. A figure is the median over the repetitions, in which all rungs take turns at being
+first; "overhead" is what a rung takes longer than its own products where nothing has to travel, which are timed right
+before and right after it.
 
-Rungs a to e and the policies `plain` and `split` show the device all activations: no confidentiality claim.
+Rungs a to e and the policies `plain`, `split` and `verify` show the device all activations: no confidentiality claim.
+Of the policies with pads the latency is that of a prompt whose pads were there; what they took stands beside it.
+`verify` and `masked+verify` are run where `--rungs` asks for them: each process holds the whole model once more.
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ from typing import Any
 
 import numpy as np
 import rpc_transport
-from common import Spread, Worker, environment, prefill_operations, sizes, warn_if_busy, write_json
+from common import Spread, Worker, environment, warn_if_busy, write_json
 from rpc_client import IN_PROCESS, PHASES, Channel, DeviceServer, TrustedClient, largest_message
+from rpc_musts import verdicts
 from rpc_plot import plot
 from rpc_report import report
 
@@ -56,7 +60,7 @@ MOST_UNSCALED_TOKENS = 256
 # products in each of 16 layers add up as a random walk.
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_ROUNDED = 0.1
-# The masked policy computes in integers of eight bits, some 1 % of error a product.
+# The policies of integers round weights and activations to eight bits, some 1 % of error a product.
 TOLERANCE_W8A8 = 0.3
 
 
@@ -81,21 +85,29 @@ RUNGS = (
     Rung("c", "(c) bfloat16, ipc", "calls", Channel("c")),
     Rung("d", "(d) shared memory", "calls", Channel("d")),
     Rung("e", "(e) one call a layer", "layers", Channel("d"), fused=True),
-    Rung("masked", "masked, in process", "last"),
+    Rung("masked+verify", "masked+verify, in process", "ring"),
+    Rung("masked", "masked, in process", "ring"),
+    Rung("verify", "verify, in process", "ring"),
     Rung("split", "split, in process", "last"),
     Rung("plain", "plain, in process", "last"),
 )
+# Where nobody asks for others.
+USUAL = tuple(rung for rung in RUNGS if "verify" not in rung.name)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run: the shape, the prompt, and which rungs are measured on a part of the layers."""
+    """What is run: the shape, the prompt, and which rungs are measured on a part of the layers.
+
+    `limit_size` is that of the products that measure what the machine can do; by default what it does in a moment.
+    """
 
     config: ModelConfig
     dtype: str
     seq: int
     scaled: frozenset[str] = frozenset()
     scaled_layers: int = 0
+    limit_size: int | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -139,9 +151,17 @@ class Ladder:
         totals = {"latency": account.latency, "calls": account.count}
         return {**totals, "sent": account.sent, "received": account.received, **account.phases}
 
+    def decode(self, rung: Rung) -> dict[str, float]:
+        """One answer of a policy: seconds and crossings of a token, and the offline seconds of its pads."""
+        return self._workers[rung.name].ask("decode", self.setting.tokens.tolist())
+
     def arithmetic(self, kind: str) -> float:
-        """Seconds of the products of that kind, where nothing travels; the faster of two runs."""
-        return min(self._server.ask("arithmetic", kind, self.setting.seq) for _ in range(2))
+        """Seconds of the products of that kind, where nothing travels."""
+        return self._server.ask("arithmetic", kind, self.setting.seq)
+
+    def limits(self) -> dict[str, Any]:
+        """What the machine can do, now."""
+        return {"copy_rate": rpc_transport.copy_rate(), **self._server.ask("limits", self.setting.limit_size)}
 
     def _forward(self, rung: Rung) -> tuple[np.ndarray, Any]:
         assert rung.channel
@@ -159,23 +179,40 @@ def measure(ladder: Ladder, rungs: Sequence[Rung], repetitions: int) -> dict[str
     for kind in kinds:
         ladder.arithmetic(kind)
     samples: dict[str, list[dict[str, float]]] = {rung.name: [] for rung in rungs}
-    copies = []
+    decoded: dict[str, list[dict[str, float]]] = {rung.name: [] for rung in rungs if rung.channel is None}
+    limits = []
     for repetition in range(repetitions):
-        copies.append(rpc_transport.copy_rate())
-        arithmetic = {kind: ladder.arithmetic(kind) for kind in kinds}
+        limits.append(ladder.limits())
         turn = repetition % len(rungs)
         for rung in rungs[turn:] + rungs[:turn]:
             time.sleep(SETTLE_SECONDS)
+            before = ladder.arithmetic(rung.arithmetic)
             sample = ladder.sample(rung)
-            sample["arithmetic"] = arithmetic[rung.arithmetic]
+            sample["arithmetic"] = (before + ladder.arithmetic(rung.arithmetic)) / 2
             sample["overhead"] = sample["latency"] - sample["arithmetic"]
             samples[rung.name].append(sample)
+        for rung in rungs[turn:] + rungs[:turn]:
+            if rung.name in decoded:
+                time.sleep(SETTLE_SECONDS)
+                decoded[rung.name].append(ladder.decode(rung))
         latest = ", ".join(f"{rung.name} {1e3 * samples[rung.name][-1]['latency']:.0f}" for rung in rungs)
         print(f"{repetition + 1} of {repetitions}: {latest} ms", file=sys.stderr)
     rows = [
         {**_row(rung, ladder.setting, samples, logits), "claim": prepared[rung.name].get("claim")} for rung in rungs
     ]
-    return {"rows": rows, "left_out": left_out, "copy_rate": Spread.of(copies)}
+    decode = {
+        name: {key: Spread.of([sample[key] for sample in own]) for key in own[0]} for name, own in decoded.items()
+    }
+    return {"rows": rows, "decode": decode, "left_out": left_out, "limits": _best(limits)}
+
+
+def _best(limits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was found in any repetition: of a limit the largest."""
+    fastest = max(limits, key=lambda found: found["operations_per_second"])
+    return {
+        key: max(found[key] for found in limits) if isinstance(value, float) else value
+        for key, value in fastest.items()
+    }
 
 
 def _row(
@@ -185,6 +222,7 @@ def _row(
     row: dict[str, Any] = {"name": rung.name, "title": rung.title}
     measured = setting.measured_layers(rung)
     row["scaled_from_layers"] = measured if measured < setting.config.num_layers else None
+    row["integers"] = rung.arithmetic == "ring"
     spreads = {key: Spread.of([sample[key] for sample in own]) for key in own[0]}
     row["phases"] = {phase: spreads.pop(phase) for phase in (*PHASES, *IN_PROCESS) if phase in spreads}
     pairs = {other: list(zip(samples[other], own, strict=True)) for other in ("a", "b") if other in samples}
@@ -193,9 +231,13 @@ def _row(
         for other, both in pairs.items()
     }
     # Not the other way round: the overhead of a policy may be nothing.
-    row["overhead_share"] = {
-        other: Spread.of([sample["overhead"] / slow["overhead"] for slow, sample in both])
-        for other, both in pairs.items()
+    shares = {other: [sample["overhead"] / slow["overhead"] for slow, sample in both] for other, both in pairs.items()}
+    row["overhead_share"] = {other: Spread.of(found) for other, found in shares.items()}
+    row["worst"] = {
+        "overhead_share": {other: max(found) for other, found in shares.items()},
+        "speedup": {
+            other: min(slow["latency"] / one["latency"] for slow, one in both) for other, both in pairs.items()
+        },
     }
     row["tolerance"] = tolerance(setting.dtype, rung)
     row["distance"] = distance(logits[rung.name], next(iter(logits.values())))
@@ -209,7 +251,7 @@ def distance(logits: np.ndarray, reference: np.ndarray) -> float:
 
 def tolerance(dtype: str, rung: Rung) -> float:
     """How far the rung's logits may be apart from the first rung's, where the model is in `dtype`."""
-    if rung.name == "masked":
+    if rung.arithmetic == "ring":
         return TOLERANCE_W8A8
     narrow = rung.channel is not None and rung.channel.codec == "c"
     return TOLERANCE_FLOAT32 if dtype == "float32" and not narrow else TOLERANCE_ROUNDED
@@ -238,15 +280,34 @@ def run(
     """The ladder, with the machine's limits."""
     server.share(largest_message(setting.config, setting.seq))
     result = measure(Ladder(setting, server, policies), rungs, repetitions)
-    return {
-        **result,
-        "product": server.ask("limit"),
-        "operations": prefill_operations(sizes(setting.config), setting.seq),
+    result |= {
+        "operations": needed_operations(setting.config, setting.seq),
+        "weight_bytes": server.ask("weight_bytes"),
+        "weights": product_weights(setting.config),
         "seq": setting.seq,
         "layers": setting.config.num_layers,
         "dtype": setting.dtype,
         "repetitions": repetitions,
     }
+    return result
+
+
+def needed_operations(config: ModelConfig, seq: int) -> float:
+    """Floating-point operations that nobody can leave out: of the last layer only keys and values of all tokens."""
+    width, narrow = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    keys_and_values = config.hidden_size * narrow
+    others = config.hidden_size * (2 * width + 3 * config.intermediate_size)
+    before = config.num_layers - 1
+    # A token attends to half of them on average, and to itself.
+    pairs = before * seq * (seq + 1) / 2 + seq
+    products = config.num_layers * seq * keys_and_values + (before * seq + 1) * others
+    return 2 * (products + 2 * width * pairs + config.vocab_size * config.hidden_size)
+
+
+def product_weights(config: ModelConfig) -> int:
+    """How many weights the products of a forward read, each once."""
+    row = config.vocab_size * config.hidden_size
+    return config.num_parameters - (0 if config.tie_embeddings else row)
 
 
 def _setting(arguments: argparse.Namespace, platform: str) -> Setting:
@@ -296,9 +357,11 @@ def main() -> None:
         if not arguments.transport_only:
             device = server.ask("device")
             setting = _setting(arguments, device["platform"])
-            rungs = [rung for rung in RUNGS if not arguments.rungs or rung.name in arguments.rungs]
+            rungs = [rung for rung in RUNGS if rung.name in arguments.rungs] if arguments.rungs else USUAL
             result |= run(setting, rungs, arguments.repetitions, server, policies)
             result |= {"ckpt": arguments.ckpt, "device": device, "random_weights": True}
+            result["all_layers"] = registry.architecture(arguments.ckpt).num_layers
+            result["verdicts"] = verdicts(result)
     if "rows" in result:
         print(report(result))
     if "transport" in result:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rpc_integers import RingProducts
+from rpc_limits import limits
 
 from fusedllm.backend import compute_dtype, default_activation_bits, runs_native
 from fusedllm.config import ModelConfig
@@ -29,11 +31,6 @@ from fusedllm.partition.plain import Plain
 from fusedllm.weights.random import random_params
 
 PAGE_SIZE = 16
-
-# A plain product, for the limit: as large as the machine does in a moment.
-LIMIT_SIZE = {"cpu": 2048}
-LIMIT_SIZE_ELSEWHERE = 8192
-LIMIT_LAUNCHES = 3
 
 # What a queue is plugged with: products that take a GPU some 50 ms, and launching all of a forward a host less.
 PLUG_SIZE = 4096
@@ -72,6 +69,8 @@ class Products:
         self._plug = jax.jit(lambda x: jax.lax.fori_loop(0, PLUG_PRODUCTS, lambda _, y: jnp.dot(y, x), x))
         self._pages: list[tuple[jax.Array, ...]] = []
         self._operands: dict[str, Any] = {}
+        self._seed = seed
+        self._ring: RingProducts | None = None
 
     def call(self, name: str, layer: int | None, arrays: list[jax.Array], wire: np.dtype[Any]) -> list[jax.Array]:
         """The results of one call, in `wire`: a product, or with the name `layer` all of a layer.
@@ -97,8 +96,9 @@ class Products:
 
         `calls` are those of the six calls a layer. `layers` has cached attention instead of its two full products, as
         the fused layer does; `last` lets only the last token leave the last layer's attention, as the engine does.
+        `ring` is `last` with the integer products of w8a8 over the ring, on weights of their own.
         """
-        runs = list(self._runs(kind, seq))
+        runs = list(self._ring_runs(seq) if kind == "ring" else self._runs(kind, seq))
         if jax.default_backend() == "cpu":
             began = time.perf_counter()
             for run in runs:
@@ -120,19 +120,30 @@ class Products:
         jax.block_until_ready(result)
         return time.perf_counter() - began
 
-    def limit(self) -> dict[str, Any]:
-        """Operations a second of one plain product by XLA, in the weights' dtype with float32 sums."""
-        size = LIMIT_SIZE.get(jax.default_backend(), LIMIT_SIZE_ELSEWHERE)
-        dtype = self._params.layers[0].q.dtype
-        x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-        product = jax.jit(lambda a, b: jnp.dot(a, b.T, preferred_element_type=jnp.float32))
-        product(x, x).block_until_ready()
-        best = float("inf")
-        for _ in range(LIMIT_LAUNCHES):
-            began = time.perf_counter()
-            product(x, x).block_until_ready()
-            best = min(best, time.perf_counter() - began)
-        return {"operations_per_second": 2 * size**3 / best, "size": size, "dtype": str(dtype)}
+    def limits(self, size: int | None = None) -> dict[str, Any]:
+        """As `rpc_limits.limits`, for weights of this kind."""
+        ours = functools.partial(self._linear, wire=np.dtype(self._compute))
+        return limits(self._params.layers[0].q.dtype, self._compute, ours, size)
+
+    def weight_bytes(self) -> int:
+        """Of the products of a forward, each weight once."""
+        head = self._params.embedding if self._params.head is None else self._params.head
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self._params.layers, head)))
+
+    def _ring_runs(self, seq: int) -> Iterator[Callable[[], Any]]:
+        """As `_runs`, for the policies of integer products."""
+        ring = self._ring = self._ring or RingProducts(self.config, self._seed)
+        ring.prepare(seq)
+        operands = self._random_operands(seq)
+        q, k, v = (operands[name] for name in ("q", "k", "v"))
+        yield functools.partial(self.call, "embedding", None, [operands["tokens"]], np.dtype(self._compute))
+        for layer in range(self.config.num_layers):
+            rows = 1 if layer == self.config.num_layers - 1 else seq
+            yield functools.partial(ring, Site("qkv", layer), seq)
+            yield functools.partial(self._run_attention, layer, q, k, v)
+            for name in ("o", "gate_up", "down"):
+                yield functools.partial(ring, Site(name, layer), rows)
+        yield functools.partial(ring, Site("head"), 1)
 
     def _runs(self, kind: str, seq: int) -> Iterator[Callable[[], Any]]:
         """What `arithmetic` times, in the order of a forward."""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from common import significant
-from rpc_report import NO_CLAIM, title
+from rpc_report import NO_CLAIM, claims_nothing, layers, title
 
 # A contrast of more than 4 to 1 on white and on #0d1117 alike.
 INK = "#7a7a7a"
 BAR = "#3b82c4"
 DROP = "#8fb3d1"
+# Of what a rung's products take alone: seen on its bar, and beside it.
+MARK = "#e8912d"
 
 # What a phase is, in the order of the ladder's improvements: encoding reds, transport ambers, copies, arithmetic.
 COLORS = {
@@ -53,9 +55,13 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         )
         _waterfall(left, rows)
         _shares(right, rows)
-        figure.legend(
-            *right.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, labelcolor=INK
+        handles, labels = (
+            [*of_right, *of_left]
+            for of_right, of_left in zip(
+                right.get_legend_handles_labels(), left.get_legend_handles_labels(), strict=True
+            )
         )
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=INK)
         figure.suptitle(_title(result))
         figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight", pad_inches=0.15)
         pyplot.close(figure)
@@ -63,8 +69,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
 
 
 def _title(result: dict[str, Any]) -> str:
-    where = f"A prompt of {result['seq']} tokens, {result['ckpt']} with {result['layers']} layers"
-    claiming = [row["name"] for row in result["rows"] if row["claim"] not in (None, NO_CLAIM)]
+    where = f"A prompt of {result['seq']} tokens, {result['ckpt']} with {layers(result['layers'])}"
+    claiming = [row["name"] for row in result["rows"] if not claims_nothing(row)]
     clear = f"{NO_CLAIM}, but by {', '.join(claiming)}" if claiming else f"{NO_CLAIM}: activations in the clear"
     return f"{where}, {result['device']['kind']} ({clear})"
 
@@ -72,7 +78,7 @@ def _title(result: dict[str, Any]) -> str:
 def _waterfall(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Latencies on a logarithmic axis, each bar hung where the one above it ends."""
     latencies = [1e3 * row["latency"].median for row in rows]
-    floor = min(latencies) / 2
+    floor = min(*latencies, *(1e3 * row["arithmetic"].median for row in rows)) / 2
     axes.set_xscale("log")
     axes.set_xlim(floor, max(latencies) * 6)
     for index, (row, latency) in enumerate(zip(rows, latencies, strict=True)):
@@ -82,12 +88,18 @@ def _waterfall(axes: Any, rows: list[dict[str, Any]]) -> None:
         end = max(latency, latencies[index - 1] if index else latency)
         ratio = row["speedup"].get("a")
         faster = f"   {significant(ratio.median)}x" if ratio and index else ""
-        axes.text(end * 1.12, index, f"{_time(latency)}{faster}", va="center")
+        offline = f"   (pads: {_time(1e3 * row['offline'].median)} before)" if "offline" in row else ""
+        axes.text(end * 1.12, index, f"{_time(latency)}{faster}{offline}", va="center")
+        # A program may take less than its products one by one.
+        alone = 1e3 * row["arithmetic"].median
+        label = None if index else "a rung's products alone"
+        axes.plot([alone, alone], [index - 0.31, index + 0.31], color=MARK, linewidth=1.6, label=label)
         if index + 1 < len(rows):
             axes.plot([latency, latency], [index + 0.31, index + 0.69], color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [title(row).replace(" [", "\n[") for row in rows])
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds / 1e3:g} s")
+    axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_title("latency (logarithmic), and times as fast as (a)", color=INK)
     _bare(axes)
 

@@ -91,9 +91,13 @@ class Server:
         """As `Products.arithmetic`."""
         return self._products.arithmetic(kind, seq)
 
-    def do_limit(self) -> dict[str, Any]:
-        """As `Products.limit`."""
-        return self._products.limit()
+    def do_weight_bytes(self) -> int:
+        """As `Products.weight_bytes`."""
+        return self._products.weight_bytes()
+
+    def do_limits(self, size: int | None) -> dict[str, Any]:
+        """As `Products.limits`."""
+        return self._products.limits(size)
 
 
 def main() -> None:

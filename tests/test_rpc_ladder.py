@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis.extra.numpy as arrays
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,17 +23,29 @@ if not hasattr(os, "memfd_create"):
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import rpc_codecs
+import rpc_integers
 import rpc_ladder
 import rpc_model
+import rpc_musts
 import rpc_report
 import rpc_transport
+from common import Spread
 from conftest import TINY
 from rpc_client import PHASES, Account, Call, Channel, DeviceServer, TrustedClient, largest_message
+
+from fusedllm.kernels.quantize import quantize
+from fusedllm.partition.pad_pool import PadPool
+from fusedllm.partition.pad_supply import PoolLimits
+from fusedllm.weights.random import random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SEQ = 16
 SETTING = rpc_ladder.Setting(TINY, "float32", SEQ)
 ARENA_BYTES = 1 << 16
+# The policies with a boundary.
+CROSSING = ("split", "masked", "masked+verify")
+# All but one: each policy is a process that compiles everything again.
+MEASURED = tuple(rung for rung in rpc_ladder.RUNGS if rung.name != "verify")
 
 ANY_ARRAYS = st.lists(
     st.one_of(
@@ -117,9 +130,10 @@ def ladder_processes() -> Iterator[tuple]:
 @pytest.fixture(scope="module")
 def result(ladder_processes) -> dict:
     """The whole ladder on the tiny model, its first rung scaled from one layer of two."""
-    setting = rpc_ladder.Setting(TINY, "float32", SEQ, frozenset("a"), 1)
-    found = rpc_ladder.run(setting, rpc_ladder.RUNGS, 2, *ladder_processes)
-    return {**found, "ckpt": "tiny", "device": {"platform": "cpu", "kind": "cpu"}}
+    setting = rpc_ladder.Setting(TINY, "float32", SEQ, frozenset("a"), 1, limit_size=64)
+    found = rpc_ladder.run(setting, MEASURED, 2, *ladder_processes)
+    found |= {"ckpt": "tiny", "device": {"platform": "cpu", "kind": "cpu"}, "all_layers": TINY.num_layers}
+    return {**found, "verdicts": rpc_musts.verdicts(found)}
 
 
 def rows(result: dict) -> dict[str, dict]:
@@ -127,11 +141,15 @@ def rows(result: dict) -> dict[str, dict]:
 
 
 def test_all_rungs_have_the_same_logits(result):
-    assert {"a", "b", "b-tcp", "c", "d", "e", "plain"} <= set(rows(result))
+    assert set(rows(result)) == {rung.name for rung in MEASURED}
+    assert not result["left_out"]
     for row in result["rows"]:
         assert row["distance"] <= row["tolerance"], row["title"]
     # The comparison would see a rung that computed something else.
-    assert rows(result)["c"]["distance"] > rpc_ladder.TOLERANCE_FLOAT32
+    for name in ("c", "masked"):
+        assert rows(result)[name]["distance"] > rpc_ladder.TOLERANCE_FLOAT32
+    # A check changes no bit.
+    assert rows(result)["masked"]["distance"] == rows(result)["masked+verify"]["distance"]
 
 
 def test_the_predecessor_makes_six_calls_a_layer_and_two(result):
@@ -139,7 +157,23 @@ def test_the_predecessor_makes_six_calls_a_layer_and_two(result):
     assert {found[name] for name in ("a", "b", "b-tcp", "c", "d")} == {6 * TINY.num_layers + 2}
     assert found["e"] == TINY.num_layers + 2
     assert found["plain"] == 0
-    assert found.get("split", 4 * TINY.num_layers + 1) == 4 * TINY.num_layers + 1
+    assert {found[name] for name in CROSSING} == {4 * TINY.num_layers + 1}
+    assert {result["decode"][name]["calls"].median for name in CROSSING} == {4 * TINY.num_layers + 1}
+
+
+def test_pads_of_a_prompt_are_made_beforehand_and_counted_once(result):
+    with_pads = {name: row for name, row in rows(result).items() if "offline" in row}
+    assert set(with_pads) == {"masked", "masked+verify"}
+    width, narrow = TINY.num_heads * TINY.head_dim, TINY.num_kv_heads * TINY.head_dim
+    hidden, ffn = TINY.hidden_size, TINY.intermediate_size
+    qkv, others = hidden + width + 2 * narrow, width + hidden + hidden + 2 * ffn + ffn + hidden
+    # Behind the last layer's attention there is one row, and the head has one.
+    numbers = SEQ * (TINY.num_layers * qkv + (TINY.num_layers - 1) * others) + others + hidden + TINY.vocab_size
+    for name, row in with_pads.items():
+        assert row["pad_bytes"].median == 4 * numbers
+        assert row["made_meanwhile"].median == row["made_meanwhile"].iqr == 0
+        assert row["offline"].median > 0
+        assert result["decode"][name]["offline"].median > 0
 
 
 def test_lists_take_two_to_three_times_the_bytes_and_bfloat16_half(result):
@@ -181,12 +215,28 @@ def test_a_call_that_does_not_exist_ends_the_program_with_the_servers_words(ladd
         server.exchange(server.sockets["ipc"], "b", frame)
 
 
+def test_a_pool_has_room_for_a_prompt_and_says_where_it_was_short():
+    weights = {"one": np.ones((3, 4), np.int8), "other": np.ones((5, 4), np.int8)}
+    rows = 2 * PoolLimits().capacity
+    with PadPool(weights, background=False) as pool:
+        pads = rpc_integers.Pads(pool, rows)
+        pads.fill()
+        for _ in range(2):
+            with pool.take("one", rows // 2):
+                used = pads.used()
+        assert used["pad_bytes"] == rows * 4 * (3 + 4)
+        assert used["offline"] > 0
+        assert used["made_meanwhile"] == 0
+        with pool.take("one", 1):
+            assert pads.used()["made_meanwhile"] > 0
+
+
 def test_products_are_timed_without_the_time_of_what_they_wait_behind(monkeypatch):
     monkeypatch.setattr(rpc_model, "PLUG_SIZE", 8)
     products = rpc_model.Products(TINY, "float32", 0)
     assert len(list(products._runs("calls", SEQ))) == 6 * TINY.num_layers + 2
-    assert len(list(products._runs("last", SEQ))) == 5 * TINY.num_layers + 2
-    for kind in ("calls", "layers", "last"):
+    assert len(list(products._runs("last", SEQ))) == len(list(products._ring_runs(SEQ))) == 5 * TINY.num_layers + 2
+    for kind in ("calls", "layers", "last", "ring"):
         assert products.arithmetic(kind, SEQ) > 0
     waits: list[float] = []
     # A run that keeps the host as long as a launch would: it is in the time behind the plug, and not in the plug's own.
@@ -198,9 +248,98 @@ def test_the_report_says_what_was_scaled_and_that_nothing_is_claimed(result):
     text = rpc_report.report(result)
     assert "(a) msgpack of lists, ipc [scaled from 1 layer]" in text
     assert "(b) msgpack of bytes, ipc [scaled" not in text
-    assert "no confidentiality claim: a, b, b-tcp, c, d, e," in text
-    for why in result["left_out"].values():
-        assert f"Left out: {why}" in text
+    assert "no confidentiality claim: a, b, b-tcp, c, d, e, split, plain show the device" in text
+    for name in ("masked", "masked+verify"):
+        assert f"{name} claims: prompt, activations and output are secret" in text
+        assert f"{name}: the pads of this prompt took" in text
+    assert "(a) was measured on 1 layer and scaled." in text
+    left_out = rpc_report.report({**result, "left_out": {"masked": "masked: because."}})
+    assert "Left out: masked: because." in left_out
+
+
+def test_the_operations_of_a_prompt_are_those_that_have_to_be():
+    attention = 4 * TINY.num_heads * TINY.head_dim
+    norms = TINY.hidden_size * (2 * TINY.num_layers + 1)
+    one = 2 * (rpc_ladder.product_weights(TINY) - norms) + attention * TINY.num_layers
+    assert rpc_ladder.needed_operations(TINY, 1) == one
+    # What a whole prompt needs, but for the queries, the rest of the layer and the attention of all but one token of
+    # the last layer.
+    width, ffn = TINY.num_heads * TINY.head_dim, TINY.intermediate_size
+    saved = 2 * (SEQ - 1) * TINY.hidden_size * (2 * width + 3 * ffn) + attention * SEQ * (SEQ - 1) / 2
+    whole = 2 * SEQ * (rpc_ladder.product_weights(TINY) - norms - TINY.vocab_size * TINY.hidden_size)
+    whole += 2 * TINY.vocab_size * TINY.hidden_size + attention * TINY.num_layers * SEQ * (SEQ + 1) / 2
+    assert rpc_ladder.needed_operations(TINY, SEQ) == whole - saved
+
+
+def test_a_limit_is_what_no_rung_exceeds(result):
+    limits = result["limits"]
+    assert all(limits[name] > 0 for name in ("operations_per_second", "integer_operations_per_second", "read_rate"))
+    table = rpc_report._limits(result).splitlines()
+    assert len(table) >= 2 + len(result["rows"])
+    for line in table[2 : 2 + len(result["rows"])]:
+        operations, read, copied, least = (float(cell.replace(",", "")) for cell in line.split("|")[2:6])
+        # Printed with three digits.
+        assert least == pytest.approx(max(operations, read) + copied, rel=0.02, abs=1e-3)
+
+
+def spread(*samples: float) -> Spread:
+    return Spread.of(samples)
+
+
+def of_rungs(platform: str, **rungs: dict) -> dict:
+    """A result with as much of each rung as verdicts look at."""
+    names = {"a": 1.0, "b": 1.0, **rungs}
+    made = [
+        {
+            "name": name,
+            "calls": spread(9, 9),
+            "overhead_share": {"a": spread(*given["share"])} if "share" in given else {},
+            "speedup": {other: spread(*given["speedup"]) for other in ("a", "b")} if "speedup" in given else {},
+            "worst": {
+                "overhead_share": {"a": max(given.get("share", [0]))},
+                "speedup": dict.fromkeys(("a", "b"), min(given.get("speedup", [0]))),
+            },
+        }
+        for name, given in names.items()
+        if isinstance(given, dict)
+    ]
+    made += [{"name": name, "calls": spread(14, 14)} for name in ("a", "b")]
+    return {"rows": made, "layers": 2, "all_layers": 2, "seq": 16, "decode": {}, "device": {"platform": platform}}
+
+
+def test_musts_are_judged_by_the_median_and_the_worst_repetition():
+    plain = {"share": [-0.002, 0.004, 0.02], "speedup": [8.5, 9, 7.5]}
+    split = {"share": [0.051, 0.052, 0.04], "speedup": [3, 3, 3]}
+    found = {one["must"]: one for one in rpc_musts.verdicts(of_rungs("cpu", plain=plain, split=split))}
+    assert [(one["passed"], one["always"]) for one in found.values()] == [
+        (True, False),
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
+    assert found["plain's overhead at most 1 % of (a)'s"]["found"] == "0.40 %"
+    assert found["plain at least 8 times as fast as (a)"]["worst"] == "7.50 x"
+
+
+def test_elsewhere_the_whole_is_judged_and_a_part_decides_nothing():
+    result = of_rungs("gpu", plain={"speedup": [30, 32, 34]})
+    (verdict,) = rpc_musts.verdicts(result)
+    assert verdict["must"] == "plain at least 33 times as fast as (b)"
+    assert not verdict["passed"]
+    assert not rpc_musts.is_whole(result)
+    assert rpc_musts.is_whole({**result, "seq": 1024})
+    assert not rpc_musts.is_whole({**of_rungs("cpu"), "all_layers": 16})
+
+
+def test_what_is_quantized_when_it_is_read_is_what_quantize_makes(monkeypatch):
+    # In several parts.
+    monkeypatch.setattr(rpc_integers, "QUANTIZED_WEIGHTS", 1000)
+    checkpoint = random_checkpoint(TINY, "float32", 1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    found = rpc_integers.quantized(checkpoint).tensors[name].read_quantized()
+    whole = quantize(jnp.asarray(checkpoint.tensors[name].read()), rpc_integers.W8A8)
+    np.testing.assert_array_equal(found.values, whole.values)
+    np.testing.assert_array_equal(found.scales, whole.scales)
 
 
 def test_the_picture_has_every_rung_and_phase(result, tmp_path):
