@@ -28,6 +28,8 @@ SCHEMES: dict[str, GroupedScheme] = {
         *_grouped(3, True),
         GroupedScheme("fp8", 8, codes="float8"),
         GroupedScheme("w8a8", 8, activation_bits=8),
+        # Named after the Hadamard matrix, by which rows and activations are turned: a suffix, as the codes are w8a8's.
+        GroupedScheme("w8a8-h", 8, activation_bits=8, turned=True),
     )
 }
 
