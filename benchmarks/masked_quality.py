@@ -3,10 +3,10 @@
     python benchmarks/masked_quality.py --json benchmarks/results/masked_quality.json
     python benchmarks/masked_quality.py --windows 2
 
-The model is SmolLM2-135M; a line rotates the residual stream or does not (`fusedllm convert --rotate`), and then quantizes
-to `w8a8`, or to `w8a8-turned`, which turns the inputs of o and down as the model runs. Perplexity and the KL divergence
-from the float32 model are of eight windows of 512 tokens of English text. The last line is what the policy `masked` itself
-answers; on the first window it has the bits of `verify`, and this program ends where it has not.
+The model is SmolLM2-135M; a line rotates the residual stream or does not (`fusedllm convert --rotate`), and then
+quantizes to `w8a8`, or to `w8a8-turned`, which turns the inputs of o and down as the model runs. Perplexity and the KL
+divergence from the float32 model are of eight windows of 512 tokens of English text. The last line is what the policy
+`masked` itself answers; on the first window it has the bits of `verify`, and this program ends where it has not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -139,6 +140,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     warn_if_busy()
+    # A second device of the CPU, which plays the accelerator.
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
     lines: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="fusedllm-masked-") as directory:
         source = open_checkpoint(resolve(MODEL, progress=True))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from fusedllm.kernels.choose import choose
-from fusedllm.kernels.walsh import turn
+from fusedllm.kernels.walsh import block_of, turn
 
 
 def hadamard(x: Float[Array, "*rows width"], *, implementation: str | None = None) -> Float32[Array, "*rows width"]:
@@ -35,7 +35,7 @@ def hadamard(x: Float[Array, "*rows width"], *, implementation: str | None = Non
     Raises:
       ImplementationError: `implementation` names one that does not exist or can't run here.
     """
-    return choose("hadamard", {"xla": _hadamard_xla}, implementation)(x)
+    return choose("hadamard", {"xla": _hadamard_xla, "ffi": _hadamard_ffi}, implementation)(x)
 
 
 def hadamard_numpy(x: Float[np.ndarray, "*rows width"]) -> Float32[np.ndarray, "*rows width"]:
@@ -48,4 +48,11 @@ def hadamard_numpy(x: Float[np.ndarray, "*rows width"]) -> Float32[np.ndarray, "
 @jax.jit
 def _hadamard_xla(x: jax.Array) -> jax.Array:
     turned: jax.Array = turn(jnp, x.astype(jnp.float32))
+    return turned
+
+
+@jax.jit
+def _hadamard_ffi(x: jax.Array) -> jax.Array:
+    call = jax.ffi.ffi_call("fusedllm_hadamard", jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    turned: jax.Array = call(x.astype(jnp.float32), block=np.int64(block_of(x.shape[-1])))
     return turned

@@ -148,12 +148,11 @@ def encode(
     compiled code, by default where it is.
     """
     sent = np.empty(x.shape, np.int32) if sent is None else sent
-    x = hadamard_numpy(x) if turned else x
     if _use(native):
         wide, scales = np.ascontiguousarray(x, np.float32), np.empty((len(x), 1), np.float32)
-        codes = native_ring.encode(wide, pads, sent, scales)
+        codes = native_ring.encode(wide, pads, sent, scales, turned=turned)
         return Encoded(sent, codes, scales)
-    codes, scales = quantize(x)
+    codes, scales = quantize(hadamard_numpy(x) if turned else x)
     sent[:] = codes if pads is None else add(codes.astype(np.int32), pads)
     return Encoded(sent, codes, scales)
 
