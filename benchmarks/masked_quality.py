@@ -5,13 +5,15 @@
 
 The model is SmolLM2-135M; a line rotates the residual stream or does not (`fusedllm convert --rotate`), and then
 quantizes to `w8a8`, or to `w8a8-turned`, which turns the inputs of o and down as the model runs. Perplexity and the KL
-divergence from the float32 model are of eight windows of 512 tokens of English text. The last line is what the policy
-`masked` itself answers; on the first window it has the bits of `verify`, and this program ends where it has not.
+divergence from the float32 model are of eight windows of 512 tokens of English text. Codes are the nearest, or by GPTQ
+on other text. The last line is what the policy `masked` itself answers; on the first window it has the bits of
+`verify`, and this program ends where it has not.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -29,6 +31,7 @@ from cpu_quality import STORED, log_softmax
 
 import fusedllm
 from fusedllm.calibrate.rotate import rotate
+from fusedllm.calibrate.text import calibration_tokens
 from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.convert import convert
 from fusedllm.weights.open import open_checkpoint
@@ -36,6 +39,8 @@ from fusedllm.weights.registry import resolve
 
 MODEL = "smollm2-135m"
 SEED = 0
+# Windows of 512 tokens that activations are measured on, which are none of those that are judged.
+CALIBRATION_WINDOWS = 16
 # The goal: no more perplexity than this above float32's.
 GOAL = 0.01
 CONTEXT = 1024
@@ -43,12 +48,13 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: of the rotated checkpoint or not, quantized to `scheme` with `rules`, under `policy`."""
+    """A row of the table: the rotated checkpoint or not, in `scheme` with `rules`, by `method`, under `policy`."""
 
     name: str
     rotated: bool
     scheme: str
     rules: tuple[tuple[str, str], ...] = ()
+    method: str = "rtn"
     policy: str = "plain"
 
 
@@ -59,7 +65,8 @@ LINES = (
     Line("rotated, input of o turned", True, "w8a8", ((r"o_proj\.weight$", "w8a8-h"),)),
     Line("rotated, input of down turned", True, "w8a8", ((r"down_proj\.weight$", "w8a8-h"),)),
     Line("rotated, inputs of o and down turned", True, "w8a8-turned"),
-    Line("the same, answered under `masked`", True, "w8a8-turned", policy="masked"),
+    Line("rotated, inputs of o and down turned, gptq", True, "w8a8-turned", method="gptq"),
+    Line("the same, answered under `masked`", True, "w8a8-turned", method="gptq", policy="masked"),
 )
 
 
@@ -98,23 +105,48 @@ class Judge:
         return {"perplexity": float(np.exp(-np.concatenate(likelihoods).mean(dtype=np.float64))), "kl_divergence": 0.0}
 
 
-def run(line: Line, checkpoints: dict[bool, Checkpoint], judge: Judge) -> dict[str, Any]:
-    """Quantizes, answers and judges.
+class Bench:
+    """Both checkpoints, and the last table that was made of one of them."""
 
-    Raises:
-      SystemExit: the answer under `masked` has not the bits of `verify`.
-    """
-    started = time.perf_counter()
-    made = fusedllm.quantize(checkpoints[line.rotated], line.scheme, rules=dict(line.rules), streaming=False)
-    llm = fusedllm.load(made, max_context=CONTEXT, policy=line.policy)
-    result: dict[str, Any] = judge.judge(llm.logits)
-    if line.policy != "plain":
-        verified = fusedllm.load(made, max_context=CONTEXT, policy="verify")
-        window = judge.windows[0]
-        if not np.array_equal(llm.logits(window), verified.logits(window)):
-            raise SystemExit(f"the answer under {line.policy} differs from the one under verify on the first window.")
-        result["equal_bits_to_verify"] = True
-    return result | {"seconds": time.perf_counter() - started}
+    def __init__(self, source: Checkpoint, rotated: Checkpoint, judge: Judge) -> None:
+        self._checkpoints = {False: source, True: rotated}
+        self._judge = judge
+        self._made: tuple[Any, Any] = (None, None)
+
+    def run(self, line: Line) -> dict[str, Any]:
+        """Quantizes, answers and judges.
+
+        Raises:
+          SystemExit: the answer under `masked` has not the bits of `verify`.
+        """
+        started = time.perf_counter()
+        made = self._quantized(dataclasses.replace(line, name="", policy=""))
+        llm = fusedllm.load(made, max_context=CONTEXT, policy=line.policy)
+        result: dict[str, Any] = self._judge.judge(llm.logits)
+        if line.policy != "plain":
+            verified = fusedllm.load(made, max_context=CONTEXT, policy="verify")
+            window = self._judge.windows[0]
+            if not np.array_equal(llm.logits(window), verified.logits(window)):
+                raise SystemExit(f"the answer under {line.policy} differs from that under verify on the first window.")
+            result["equal_bits_to_verify"] = True
+        return result | {"seconds": time.perf_counter() - started}
+
+    def _quantized(self, how: Line) -> Any:
+        if self._made[0] != how:
+            checkpoint = self._checkpoints[how.rotated]
+            calibration = None
+            if how.method != "rtn":
+                calibration = calibration_tokens(None, checkpoint.tokenizer, windows=CALIBRATION_WINDOWS)
+            table = fusedllm.quantize(
+                checkpoint,
+                how.scheme,
+                method=how.method,
+                rules=dict(how.rules),
+                calibration=calibration,
+                streaming=False,
+            )
+            self._made = (how, table)
+        return self._made[1]
 
 
 def report(lines: dict[str, dict[str, Any]]) -> str:
@@ -146,11 +178,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fusedllm-masked-") as directory:
         source = open_checkpoint(resolve(MODEL, progress=True))
         turned = convert(rotate(source, SEED), Path(directory) / "rotated.arrow", progress=True)
-        checkpoints = {False: source, True: open_checkpoint(turned)}
         judge = Judge(source, options.windows, Path(directory))
+        bench = Bench(source, open_checkpoint(turned), judge)
         lines["float32"] = judge.float_line()
         for line in LINES:
-            lines[line.name] = run(line, checkpoints, judge)
+            lines[line.name] = bench.run(line)
             print(f"{line.name}: {lines[line.name]}", file=sys.stderr, flush=True)
             gc.collect()
     print(report(lines))
