@@ -104,7 +104,9 @@ def as_blocks(tensor: LazyTensor) -> LazyTensor:
 
 def block_name(scheme: GroupedScheme, width: int) -> str | None:
     """The type of GGUF that holds the codes of `scheme`, or `None`."""
-    if scheme.codes != "integer" or scheme.bits not in (3, 4, 8) or width % BLOCK or scheme.group_size % BLOCK:
+    if scheme.codes != "integer" or scheme.bits not in (3, 4, 8) or scheme.turned:
+        return None
+    if width % BLOCK or scheme.group_size % BLOCK:
         return None
     if scheme.bits == 8:
         return "Q8_0" if scheme.symmetric else None
