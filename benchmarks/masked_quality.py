@@ -65,6 +65,7 @@ LINES = (
     Line("rotated, input of o turned", True, "w8a8", ((r"o_proj\.weight$", "w8a8-h"),)),
     Line("rotated, input of down turned", True, "w8a8", ((r"down_proj\.weight$", "w8a8-h"),)),
     Line("rotated, inputs of o and down turned", True, "w8a8-turned"),
+    Line("residual stream rotated, gptq", True, "w8a8", method="gptq"),
     Line("rotated, inputs of o and down turned, gptq", True, "w8a8-turned", method="gptq"),
     Line("the same, answered under `masked`", True, "w8a8-turned", method="gptq", policy="masked"),
 )

@@ -102,16 +102,17 @@ def quantize_matrices(
     method = method_named(method)
     if method.gptq and (statistics is None or statistics.hessian is None):
         raise QuantizationError(f"the method {method} needs the Hessian of the inputs, and there is none: calibrate.")
-    turned_statistics = None
-    if statistics is not None and any(scheme.turned for _, scheme in matrices):
-        turned_statistics = statistics.of_turned()
-    plain, turned = _known(method, statistics), _known(method, turned_statistics)
+    # By whether inputs are turned: a Hessian is factorized once for all matrices that meet the same.
+    known: dict[bool, _Known] = {}
     dtype = jnp.dtype(scale_dtype)
     results = []
     for weights, scheme in matrices:
+        if scheme.turned not in known:
+            seen = statistics.of_turned() if scheme.turned and statistics is not None else statistics
+            known[scheme.turned] = _known(method, seen)
         # Turned here, so that grids and errors are those of what is stored and of what it meets.
-        matrix, known = (hadamard(weights), turned) if scheme.turned else (weights, plain)
-        parts = [_quantized(rows, scheme.unturned, method, known, dtype) for rows in _in_parts(matrix)]
+        matrix = hadamard(weights) if scheme.turned else weights
+        parts = [_quantized(rows, scheme.unturned, method, known[scheme.turned], dtype) for rows in _in_parts(matrix)]
         results.append(dataclasses.replace(_joined(parts), scheme=scheme))
     return results
 
