@@ -31,7 +31,7 @@ from fusedllm.quant.faces import (
 from fusedllm.quant.layers import FLOATS, Layers
 from fusedllm.quant.methods import Method, method_named, quantize_matrix
 from fusedllm.quant.report import QuantizeReport
-from fusedllm.quant.schemes import scheme_named
+from fusedllm.quant.schemes import in_full, not_said, scheme_named, turning
 from fusedllm.quant.table import table_schema
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
@@ -69,7 +69,8 @@ def quantize(
         can't be derived, `shape`. A `pyarrow` table or batch, or whatever speaks the Arrow PyCapsule protocol (polars,
         DuckDB, pandas). A `RecordBatchReader` is read batch by batch as the result is. A mapping from names to arrays.
         A path: of an Arrow or Parquet file with such a table, or of a checkpoint, or a model's name.
-      scheme: of all matrices that no rule names; docs/quantization.md lists them.
+      scheme: of all matrices that no rule names; or a recipe, which is a scheme with rules of its own after those that
+        are given (`w8a8-turned`). docs/quantization.md lists them.
       method: how codes are chosen: `rtn` (the nearest), `clip`, `hqq`, or with calibration `gptq`, `awq` and cascades
         such as `clip+gptq` and `awq+hqq`.
       rules: regular expressions of names, and the scheme, or `keep`, of the layers that they find; the first decides.
@@ -95,7 +96,7 @@ def quantize(
       SourceError, CheckpointError: a path or name that can't be opened.
     """
     how = method_named(method)
-    plan = _plan(scheme, how, rules, scale_dtype)
+    plan = _plan(*in_full(scheme, rules), how, scale_dtype)
     report = QuantizeReport() if report is None else report
     whose = None if model is None else open_checkpoint(registry.resolve(model, progress=progress))
     opened = open_layers(source, progress)
@@ -181,6 +182,16 @@ def table_format(path: Path, format: str | None = None) -> str | None:
     return ARROW if format_of(path) in (None, ARROW) else None
 
 
+def check_turning(scheme: str, rules: Mapping[str, str] | None, destination: Path) -> None:
+    """Refuses a `destination` that is no table where the scheme, or one of the rules, turns the inputs of products.
+
+    Raises:
+      QuantizationError: it does; the scheme is named.
+    """
+    if turned := turning(scheme, rules):
+        raise QuantizationError(not_said(turned, str(destination)))
+
+
 def dequantize(source: Any) -> pa.Table:
     """The float32 weights of a quantized table: `layer_name`, `weights: large_list<float32>`, `shape`.
 
@@ -202,7 +213,7 @@ def dequantize(source: Any) -> pa.Table:
     return dequantize_table(reader).replace_schema_metadata(carried)
 
 
-def _plan(scheme: str, method: Method, rules: Mapping[str, str] | None, scale_dtype: str) -> Plan:
+def _plan(scheme: str, rules: Mapping[str, str] | None, method: Method, scale_dtype: str) -> Plan:
     numbers = scale_dtype_named(scale_dtype)
 
     def choose(name: str, weights: jax.Array, scheme: GroupedScheme) -> QuantArray:

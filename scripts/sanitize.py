@@ -24,6 +24,7 @@ TESTS = [
     "test_cached_attention.py",
     "test_quantize_kernel.py",
     "test_ring_linear.py",
+    "test_hadamard.py",
     "test_ring.py",
 ]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"

@@ -14,8 +14,8 @@ from fusedllm.quant import schemes
 from fusedllm.quant.blocks import SCHEMES
 
 NAMES = tuple(packed.SCHEMES)
-# Every layout that grouped codes have, w8a8 left out: it rounds activations in another way.
-GROUPED = tuple(name for name, scheme in schemes.SCHEMES.items() if name not in ("fp8", "w8a8"))
+# Every layout that grouped codes have; those that round activations in another way are left out.
+GROUPED = tuple(name for name, scheme in schemes.SCHEMES.items() if name != "fp8" and scheme.activation_bits is None)
 # Of those, one a format and way of sharing scales.
 SOME_GROUPED = ("int8", "int8-g64", "int4-g32", "int4-g128", "int4-g64-sym", "int3-g64", "int3-g128-sym")
 

@@ -56,7 +56,8 @@ def test_packing_is_the_identity_on_codes_and_a_little_endian_stream_of_bits(bit
     np.testing.assert_array_equal(unpack(jnp, jnp.asarray(packed), bits), codes)
 
 
-@pytest.mark.parametrize("scheme", INTEGER, ids=lambda scheme: scheme.name)
+# Of turned rows it is the turned weight that is: `test_hadamard.py`.
+@pytest.mark.parametrize("scheme", [one for one in INTEGER if not one.turned], ids=lambda scheme: scheme.name)
 @QUICK
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 4), width=st.sampled_from([1, 31, 64, 200]))
 def test_a_decoded_weight_is_within_half_a_step(scheme, seed, rows, width):
@@ -103,7 +104,8 @@ def test_float32_scales_are_exact():
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 def test_float32_scales_hold_weights_that_float16_has_no_scale_for(scheme):
     weights = np.random.default_rng(5).standard_normal((4, 128)).astype(np.float32)
-    units = np.exp2([[-30.0], [-60.0], [-88.0], [100.0]])
+    # What is turned counts as zero below 2 ** -88.
+    units = np.exp2([[-30.0], [-60.0], [-70.0 if scheme.turned else -88.0], [100.0]])
     tiny = (weights * units).astype(np.float32)
     decoded = np.asarray(dequantize(quantize(jnp.asarray(tiny), scheme, scale_dtype=jnp.float32)), np.float64)
     # Powers of two change the exponents of all numbers on the way, and no other bit.

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination", metavar="DST", type=Path, help="a table (.arrow, .parquet), or what `fusedllm convert` writes"
     )
-    parser.add_argument("--scheme", default="int4-g64", help="such as int8, int4-g32-sym, fp8 (default int4-g64)")
+    parser.add_argument(
+        "--scheme", default="int4-g64", help="such as int8, int4-g32-sym, w8a8-turned (default int4-g64)"
+    )
     parser.add_argument("--method", default="rtn", help="rtn, clip, hqq, gptq, awq, or several: awq+hqq (default rtn)")
     parser.add_argument(
         "--rule",
@@ -104,6 +106,7 @@ def _convert(options: argparse.Namespace, keywords: Mapping[str, Any]) -> None:
 
 def _checked_format(options: argparse.Namespace) -> str:
     """The format of the destination; what can be refused is, before anything is quantized."""
+    from fusedllm.quantizing import check_turning
     from fusedllm.weights.convert import format_of, writer_of
     from fusedllm.weights.files import refuse_existing
     from fusedllm.weights.gguf_grouped import check_scheme
@@ -116,6 +119,7 @@ def _checked_format(options: argparse.Namespace) -> str:
             f"{options.destination} would be an Orbax directory, which holds no codes: choose .arrow, .gguf or "
             ".safetensors."
         )
+    check_turning(options.scheme, dict(_rule(text) for text in options.rule), options.destination)
     if format == "gguf" and not options.rule and options.target_bpw is None:
         check_scheme(options.scheme, options.destination)
     if options.model is None and not says_model(options.source):

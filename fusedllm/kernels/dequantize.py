@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from fusedllm.errors import ImplementationError
 from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.grouped import grouped_scheme
+from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.pallas_support import interprets, why_not_codes
 from fusedllm.qarray import QuantArray
 
@@ -25,6 +27,9 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't read the scheme.
     """
     scheme = grouped_scheme(array)
+    if scheme is not None and scheme.turned:
+        unturned = dataclasses.replace(array, scheme=scheme.unturned)
+        return hadamard(dequantize(unturned, implementation=implementation)).astype(dtype)
     if problem := "no grouped codes" if scheme is None else why_not_codes(scheme):
         if implementation == "pallas":
             raise ImplementationError(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
+from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.packed import PANEL_ROWS, packed_scheme
 from fusedllm.qarray import QuantArray
 
@@ -58,4 +59,4 @@ def _embed_ffi(table: jax.Array | QuantArray, tokens: jax.Array, dtype: DTypeLik
     flat = tokens.reshape(-1).astype(jnp.int32)
     call = jax.ffi.ffi_call("fusedllm_embed", jax.ShapeDtypeStruct((flat.shape[0], hidden), jnp.float32))
     out = call(flat, table.values, format=np.int32(scheme.number), shared=np.int64(scheme.shared), rows=np.int64(rows))
-    return out.astype(dtype).reshape(*tokens.shape, hidden)
+    return (hadamard(out) if scheme.turned else out).astype(dtype).reshape(*tokens.shape, hidden)

@@ -8,6 +8,7 @@ ones are not; a symmetric scheme stores no zero points: they are 0 for signed co
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusedllm.kernels.walsh import turn
 from fusedllm.qarray import QuantArray
 
 # Codes that fill whole bytes at any number of bits.
@@ -40,6 +42,8 @@ class GroupedScheme:
       symmetric: no zero points are stored.
       codes: `integer`, or `float8` for codes that are numbers of the format e4m3fn (arXiv:2209.05433).
       activation_bits: 8 where products round activations to integers too, one scale a token; `None` otherwise.
+      turned: the codes are those of the rows times a Hadamard matrix (`kernels/hadamard.py`), with which products
+        multiply the activations first; `decode` gives the rows themselves.
     """
 
     name: str
@@ -48,6 +52,7 @@ class GroupedScheme:
     symmetric: bool = True
     codes: Literal["integer", "float8"] = "integer"
     activation_bits: int | None = None
+    turned: bool = False
 
     @property
     def signed(self) -> bool:
@@ -75,6 +80,11 @@ class GroupedScheme:
         """Whether `linear` makes sums of integers of the codes: one scale a row, and activations of eight bits too."""
         whole_rows = (self.bits, self.group_size, self.symmetric, self.codes) == (8, 0, True, "integer")
         return whole_rows and self.activation_bits == 8
+
+    @property
+    def unturned(self) -> GroupedScheme:
+        """The scheme that has the same codes for rows that are turned already; `turned` aside, this one."""
+        return dataclasses.replace(self, turned=False)
 
     @property
     def bits_per_weight(self) -> float:
@@ -108,7 +118,8 @@ class GroupedScheme:
             )
             codes = codes - zero
         values = self._spread(jnp.asarray(array.scales), codes.shape[-1]) * codes
-        return values[..., :width].reshape(array.shape)
+        values = values[..., :width].reshape(array.shape)
+        return turn(jnp, values) if self.turned else values
 
     def _numbers(self, values: jax.Array) -> jax.Array:
         if self.codes == "float8":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
+from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
 from fusedllm.kernels.pallas_support import interprets, why_not_codes
 from fusedllm.kernels.quantize import round_activations
@@ -48,6 +50,9 @@ def linear(
         code = round(x * (127 / max|x|)), ties to even          int8
         sum  = the sum over the row of code * weight's code     int32, exact
         out  = sum * (max|x| * (1 / 127)) * weight's scale
+
+    Where the scheme's rows are turned (`w8a8-h`) `x` stands for `hadamard(x)` here, float32, whose magnitudes are more
+    even; the weight's codes are of rows turned by the same matrix, so that the product is that of `x`.
 
     Both scales are outside of the sum, which is all that has to run where the weights are. A token of nothing but
     magnitudes below 2^-88 gives zeros, and one with what is infinite or no number gives no numbers.
@@ -92,7 +97,8 @@ def _linear_xla(
 def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeLike) -> jax.Array:
     integers = integer_codes(weight)
     if integers is not None:
-        return _integer_product(x, *integers).astype(out_dtype)
+        rounded = hadamard(x, implementation="xla") if turns(weight) else x
+        return _integer_product(rounded, *integers).astype(out_dtype)
     matrix = weight.dequantize(x.dtype) if isinstance(weight, QuantArray) else weight.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # The default lets a GPU round float32 operands to TF32.
@@ -110,7 +116,7 @@ def _sums_integers(weight: QuantArray) -> bool:
 
 def integer_codes(weight: jax.Array | QuantArray) -> tuple[jax.Array, jax.Array] | None:
     """The codes of a weight whose products are sums of integers (`w8a8`), int8 `[out, in]`, and the scales of its
-    rows, float32 `[out]`; `None` for any other weight.
+    rows, float32 `[out]`; `None` for any other weight. They meet activations that `hadamard` turned where `turns` says.
     """
     if not isinstance(weight, QuantArray) or not _sums_integers(weight):
         return None
@@ -118,6 +124,12 @@ def integer_codes(weight: jax.Array | QuantArray) -> tuple[jax.Array, jax.Array]
         return weight.scheme.integers(weight)
     assert weight.scales is not None
     return unpack(jnp, weight.values, 8), weight.scales[:, 0].astype(jnp.float32)
+
+
+def turns(weight: jax.Array | QuantArray) -> bool:
+    """Whether products with `weight` turn the activations first (`w8a8-h`)."""
+    scheme = weight.scheme if isinstance(weight, QuantArray) else None
+    return isinstance(scheme, GroupedScheme | PackedScheme) and scheme.turned
 
 
 def _integer_product(x: jax.Array, matrix: jax.Array, scales: jax.Array) -> jax.Array:
@@ -151,15 +163,15 @@ def _why_not_pallas(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
 def _product_pallas(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Array:
     from fusedllm.kernels.linear_pallas import product_pallas  # Imports Pallas: see `pallas_support`.
 
-    product = product_pallas(x.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
+    rows = hadamard(x) if turns(weight) else x
+    product = product_pallas(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_ffi(
     x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
 ) -> tuple[jax.Array, ...]:
-    native = [weight for weight in weights if _format_number(weight) is not None]
-    if strict and len(native) < len(weights):
+    if strict and any(_format_number(weight) is None for weight in weights):
         raise ImplementationError(
             "linear: the implementation 'ffi' reads packed and floating-point weights; got "
             + ", ".join(_kind(weight) for weight in weights if _format_number(weight) is None)
@@ -169,26 +181,33 @@ def _linear_ffi(
         parts = (weights[:MOST_WEIGHTS], weights[MOST_WEIGHTS:])
         return tuple(out for part in parts for out in _linear_ffi(x, part, out_dtype, precise, strict))
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    outs = [jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32) for weight in native]
-    call = jax.ffi.ffi_call("fusedllm_linear", outs)
-    products = iter(
-        call(
-            rows,
-            *(weight.values if isinstance(weight, QuantArray) else weight for weight in native),
-            formats=np.asarray([_format_number(weight) for weight in native], np.int32),
-            shared=np.asarray([_shared(weight) for weight in native], np.int64),
-            rows=np.asarray([weight.shape[0] for weight in native], np.int64),
-            levels=np.int32(2 if precise else 1),
-        )
-        if native
-        else ()
-    )
+    products: dict[int, jax.Array] = {}
+    for turned in (False, True):
+        some = [at for at, one in enumerate(weights) if _format_number(one) is not None and turns(one) == turned]
+        if some:
+            made = _products_ffi(hadamard(rows) if turned else rows, [weights[at] for at in some], precise)
+            products |= dict(zip(some, made, strict=True))
     return tuple(
-        _product_xla(x, weight, out_dtype)
-        if _format_number(weight) is None
-        else next(products).astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
-        for weight in weights
+        products[at].astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+        if at in products
+        else _product_xla(x, weight, out_dtype)
+        for at, weight in enumerate(weights)
     )
+
+
+def _products_ffi(rows: jax.Array, weights: Sequence[jax.Array | QuantArray], precise: bool) -> Sequence[jax.Array]:
+    call = jax.ffi.ffi_call(
+        "fusedllm_linear", [jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
+    )
+    made: Sequence[jax.Array] = call(
+        rows,
+        *(weight.values if isinstance(weight, QuantArray) else weight for weight in weights),
+        formats=np.asarray([_format_number(weight) for weight in weights], np.int32),
+        shared=np.asarray([_shared(weight) for weight in weights], np.int64),
+        rows=np.asarray([weight.shape[0] for weight in weights], np.int64),
+        levels=np.int32(2 if precise else 1),
+    )
+    return made
 
 
 def _format_number(weight: jax.Array | QuantArray) -> int | None:

@@ -43,7 +43,8 @@ SCALE_TOO_LARGE = 2
 
 def can_encode(scheme: GroupedScheme) -> bool:
     """Whether the native quantizer knows `scheme`."""
-    return scheme.codes == "integer" and scheme.group_size % 32 == 0 and scheme.group_size <= LARGEST_GROUP
+    is_integer = scheme.codes == "integer" and not scheme.turned
+    return is_integer and scheme.group_size % 32 == 0 and scheme.group_size <= LARGEST_GROUP
 
 
 def describe(jobs: np.ndarray, scheme: GroupedScheme) -> None:

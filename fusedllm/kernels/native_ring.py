@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from fusedllm.kernels import native
+from fusedllm.kernels.walsh import block_of
 
 LETTERS: dict[str, type[ctypes._SimpleCData[Any]]] = {"p": ctypes.c_void_p, "n": ctypes.c_int32, "s": ctypes.c_int64}
 
 # Of the functions in `cpu/ring.h`: pointers, int32 and int64.
 SIGNATURES = {
     "fusedllm_ring_product": "ppsssp",
-    "fusedllm_ring_encode": "ppssppp",
+    "fusedllm_ring_encode": "ppsssppp",
     "fusedllm_ring_decode": "ppppssnpp",
     "fusedllm_ring_residues": "pnpsssp",
     "fusedllm_ring_weigh": "ppsssp",
@@ -42,15 +43,20 @@ def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return out
 
 
-def encode(x: np.ndarray, pads: np.ndarray | None, masked: np.ndarray | None, scales: np.ndarray) -> np.ndarray:
-    """The codes of float32 `x` `[tokens, in]`, int8; writes tokens' `scales`, and codes plus `pads` to `masked`."""
+def encode(
+    x: np.ndarray, pads: np.ndarray | None, masked: np.ndarray | None, scales: np.ndarray, *, turned: bool = False
+) -> np.ndarray:
+    """The codes of float32 `x` `[tokens, in]`, int8; writes tokens' `scales`, and codes plus `pads` to `masked`.
+
+    Rows are `turned` first (`kernels/walsh.py`) where that is asked for.
+    """
     _check(x, np.float32, x.shape)
     _check(scales, np.float32, (len(x), 1))
     for optional in (pads, masked):
         if optional is not None:
             _check(optional, np.int32, x.shape)
     codes = np.empty(x.shape, np.int8)
-    _call("fusedllm_ring_encode", x, pads, *x.shape, masked, codes, scales)
+    _call("fusedllm_ring_encode", x, pads, *x.shape, block_of(x.shape[1]) if turned else 0, masked, codes, scales)
     return codes
 
 

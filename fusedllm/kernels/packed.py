@@ -16,6 +16,7 @@ import numpy as np
 
 from fusedllm.kernels import native
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme
+from fusedllm.kernels.walsh import turn
 from fusedllm.qarray import QuantArray
 
 # Rows that are interleaved, columns whose codes lie together, and the boundary that each panel starts on.
@@ -40,6 +41,7 @@ class PackedScheme:
       has_zeros: there is a zero point to each scale.
       shared: groups of 32 columns that share a scale; the last ones of a row may be fewer.
       sums_integers: products are sums of integers (`kernels/linear.py`).
+      turned: rows are packed as a Hadamard matrix turned them (`kernels/hadamard.py`); `decode` turns them back.
     """
 
     name: str
@@ -50,6 +52,7 @@ class PackedScheme:
     has_zeros: bool = False
     shared: int = 1
     sums_integers: bool = False
+    turned: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -86,6 +89,10 @@ class PackedScheme:
 
     def decode_panels(self, panels: jax.Array, width: int) -> jax.Array:
         """The float32 values of `panels`, uint8 `[panels, bytes]`, as `[panels, 16, width]`."""
+        values = self._values(panels, width)
+        return turn(jnp, values) if self.turned else values
+
+    def _values(self, panels: jax.Array, width: int) -> jax.Array:
         codes = self._codes(panels, width).astype(jnp.float32)
         scale, *other = (self._spread(number, width) for number in self._numbers(panels, width))
         if self.has_zeros:
@@ -168,7 +175,10 @@ def _grouped_layout(array: QuantArray, scheme: GroupedScheme) -> PackedScheme | 
     shared = min(scheme.group_size or width, width) // GROUP
     if scheme.activation_bits is not None:
         fits = scheme.sums_integers and array.zeros is None and width <= MOST_INTEGER_COLUMNS
-        return PackedScheme(scheme.name, INTEGER, 8, 128, shared=shared, sums_integers=True) if fits else None
+        integer = PackedScheme(scheme.name, INTEGER, 8, 128, shared=shared, sums_integers=True, turned=scheme.turned)
+        return integer if fits else None
+    if scheme.turned:
+        return None
     if scheme.bits == 8 and array.zeros is None:
         return PackedScheme(scheme.name, SYMMETRIC_8, 8, 128, shared=shared)
     if scheme.bits in (3, 4) and array.zeros is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from fusedllm.errors import ImplementationError
 from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme, pack
+from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.pallas_support import interprets, why_not_codes
 from fusedllm.qarray import QuantArray
 
@@ -41,11 +43,15 @@ def quantize(
     A symmetric scale spreads the group's largest magnitude over half of the codes: 127 of 8 bits, 7.5 of 4, 3.5 of 3.
     An asymmetric scale spreads the distance of the group's extremes (zero among them) over all of them, and the zero
     point is a code. Scales are rounded up to `scale_dtype`, float16 or float32, so that no weight falls off the grid.
-    What is infinite or no number has no code: the caller looks.
+    What is infinite or no number has no code: the caller looks. In a scheme whose rows are turned the extremes and
+    codes are those of the turned rows (`kernels/hadamard.py`).
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't write the scheme.
     """
+    if scheme.turned:
+        turned = quantize(hadamard(weights), scheme.unturned, scale_dtype=scale_dtype, implementation=implementation)
+        return dataclasses.replace(turned, scheme=scheme)
     if problem := why_not_codes(scheme):
         if implementation == "pallas":
             raise ImplementationError(f"quantize: the implementation 'pallas' can't write {scheme.name}: {problem}.")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fusedllm.errors import BoundaryError, IntegrityError, PolicyError
-from fusedllm.kernels.linear import integer_codes
+from fusedllm.kernels.linear import integer_codes, turns
 from fusedllm.kernels.ring_linear import ring_linear
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
@@ -51,12 +51,14 @@ class Group:
       scales: of the outputs, float32, of the trusted side.
       ends: where each weight but the last ends among the outputs.
       bound: the largest magnitude of an honest sum.
+      turned: activations are turned before they are rounded (`w8a8-h`).
     """
 
     placed: Placed
     scales: np.ndarray
     ends: tuple[int, ...]
     bound: int
+    turned: bool = False
 
     @property
     def site(self) -> Site:
@@ -89,13 +91,19 @@ class IntegerBoundary:
         """Puts the codes on the device; the scales stay here.
 
         Raises:
-          PolicyError: a weight that has no codes of `w8a8`.
+          PolicyError: a weight that has no codes of `w8a8`, or some that meet turned activations and some that do not.
         """
         parts = [integer_codes(weight) for weight in weights]
         if None in parts:
             raise PolicyError(
                 f"the products of {site_name(site)} are not of w8a8, which masked and verified products are; quantize "
                 "the model first: fusedllm quantize SRC DST --scheme w8a8."
+            )
+        turned = turns(weights[0])
+        if any(turns(weight) != turned for weight in weights):
+            raise PolicyError(
+                f"the weights of {site_name(site)} share their activations, and some want them turned and some do not: "
+                "quantize all of them as w8a8, or all as w8a8-h."
             )
         codes, scales = ([np.asarray(part[kind]) for part in parts if part is not None] for kind in (0, 1))
         matrix = np.ascontiguousarray(np.concatenate(codes))
@@ -105,7 +113,7 @@ class IntegerBoundary:
             raise PolicyError(f"the products of {site_name(site)} can't be masked: {error}") from error
         self._weights[site] = matrix
         ends = tuple(itertools.accumulate(len(part) for part in codes))[:-1]
-        return Group(self.link.place(site, (matrix,)), np.concatenate(scales), ends, bound)
+        return Group(self.link.place(site, (matrix,)), np.concatenate(scales), ends, bound, turned)
 
     def begin(self) -> None:
         """After all weights are placed: draws the secrets, and begins to make pads."""
@@ -154,13 +162,13 @@ class IntegerBoundary:
         if self.pool is None:
             raise BoundaryError("the boundary has no pads yet: begin() comes first.")
         with self.pool.take(group.site, len(rows)) as pads:
-            encoded = ring.encode(rows, pads.outgoing())
+            encoded = ring.encode(rows, pads.outgoing(), turned=group.turned)
             (received,) = self.link.exchange(group.placed, encoded.sent)
             decoded = ring.decode(received, pads.incoming(), encoded.scales, group.scales, group.bound)
         return decoded, encoded.codes
 
     def _sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
-        encoded = ring.encode(rows)
+        encoded = ring.encode(rows, turned=group.turned)
         (received,) = self.link.exchange(group.placed, encoded.sent)
         return ring.decode(received, None, encoded.scales, group.scales, group.bound), encoded.codes
 

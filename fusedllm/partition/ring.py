@@ -8,6 +8,9 @@ device, on codes that pads hide:
     sum       = received - r W           modulo 2^32     r W was computed beforehand
     out       = sum * token's scale * output's scale     float32, in this order
 
+Where the weight's rows are turned (`w8a8-h`), so are activations before they are rounded (`kernels/hadamard.py`); from
+there on nothing differs.
+
 `sum` has a magnitude of at most 127 * 127 * 65,536 < 2^30 and comes back as it is: a masked product has the bits of the
 unmasked one. This runs inside host callbacks: NumPy, or the same natively, and never JAX.
 """
@@ -20,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int8, Int32
 
 from fusedllm.kernels import native_ring
+from fusedllm.kernels.hadamard import hadamard_numpy
 
 # Codes are of -127 to 127, weights are too where this package made them.
 LARGEST_CODE = 127
@@ -134,10 +138,11 @@ def encode(
     x: Float[np.ndarray, "tokens in"],
     pads: Int32[np.ndarray, "tokens in"] | None = None,
     *,
+    turned: bool = False,
     sent: Int32[np.ndarray, "tokens in"] | None = None,
     native: bool | None = None,
 ) -> Encoded:
-    """Rounds `x` to codes and adds `pads` modulo 2^32.
+    """Rounds `x`, which is `turned` first where that is asked for, to codes and adds `pads` modulo 2^32.
 
     `sent` is memory for what is sent, which saves the pages of new memory where it is megabytes. `native` chooses
     compiled code, by default where it is.
@@ -145,9 +150,9 @@ def encode(
     sent = np.empty(x.shape, np.int32) if sent is None else sent
     if _use(native):
         wide, scales = np.ascontiguousarray(x, np.float32), np.empty((len(x), 1), np.float32)
-        codes = native_ring.encode(wide, pads, sent, scales)
+        codes = native_ring.encode(wide, pads, sent, scales, turned=turned)
         return Encoded(sent, codes, scales)
-    codes, scales = quantize(x)
+    codes, scales = quantize(hadamard_numpy(x) if turned else x)
     sent[:] = codes if pads is None else add(codes.astype(np.int32), pads)
     return Encoded(sent, codes, scales)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.quant.grid import as_groups, codes_on, nearest_grid, values_of
 from fusedllm.quant.statistics import Statistics
@@ -37,7 +38,15 @@ def awq_scales(
     They are a power of `magnitude`, by default `E[|x|]`; the power is the one of least squared error of the outputs,
     all matrices together and each rounded to the nearest. Where the statistics have no Hessian, inputs count as
     uncorrelated.
+
+    Raises:
+      QuantizationError: a scheme turns the inputs, which leaves no channel larger than the others.
     """
+    if turned := next((scheme.name for _, scheme in matrices if scheme.turned), None):
+        raise QuantizationError(
+            f"the method awq scales the channels of inputs, and {turned} turns them, after which no channel is what it "
+            "was: choose another method or another scheme."
+        )
     magnitude = statistics.mean_abs if magnitude is None else magnitude
     candidates = _candidates(magnitude)
     errors = jnp.zeros(EXPONENTS)

@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 
 from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.quantize import quantize
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.clip import clip_grid
-from fusedllm.quant.gptq import factorized, gptq_codes
+from fusedllm.quant.gptq import Factor, factorized, gptq_codes
 from fusedllm.quant.grid import Grid, as_array, as_groups, codes_on, nearest_grid
 from fusedllm.quant.hqq import hqq_grid
 from fusedllm.quant.statistics import Statistics
@@ -91,7 +92,8 @@ def quantize_matrices(
     """Each of `matrices`, float `[out, in]` with its scheme, quantized by `method`; `statistics` of their one input.
 
     The weights are what they are: for `awq` they have been scaled already. Grids weight the error of a column by its
-    mean square where there are statistics. The same arguments give the same bits.
+    mean square where there are statistics. The same arguments give the same bits. A scheme that turns its inputs is
+    given turned statistics, which need the Hessian.
 
     Raises:
       QuantizationError: an unknown method, or one that needs statistics, or their Hessian, without them, or a Hessian
@@ -100,29 +102,52 @@ def quantize_matrices(
     method = method_named(method)
     if method.gptq and (statistics is None or statistics.hessian is None):
         raise QuantizationError(f"the method {method} needs the Hessian of the inputs, and there is none: calibrate.")
-    importance = None if statistics is None else statistics.mean_square
-    factor = factorized(statistics.hessian) if method.gptq and statistics is not None else None
+    # By whether inputs are turned: a Hessian is factorized once for all matrices that meet the same.
+    known: dict[bool, _Known] = {}
+    dtype = jnp.dtype(scale_dtype)
+    results = []
+    for weights, scheme in matrices:
+        if scheme.turned not in known:
+            seen = statistics.of_turned() if scheme.turned and statistics is not None else statistics
+            known[scheme.turned] = _known(method, seen)
+        # Turned here, so that grids and errors are those of what is stored and of what it meets.
+        matrix = hadamard(weights) if scheme.turned else weights
+        parts = [_quantized(rows, scheme.unturned, method, known[scheme.turned], dtype) for rows in _in_parts(matrix)]
+        results.append(dataclasses.replace(_joined(parts), scheme=scheme))
+    return results
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of inputs: how much an error of each column costs, and for `gptq` the Hessian's factor."""
+
+    importance: jax.Array | None
+    factor: Factor | None
+
+
+def _known(method: Method, statistics: Statistics | None) -> _Known:
+    if statistics is None:
+        return _Known(None, None)
+    factor = factorized(statistics.hessian) if method.gptq and statistics.hessian is not None else None
     if factor is not None and not bool(jnp.isfinite(factor.upper).all()):
         raise QuantizationError(
             f"the method {method} needs a finite Hessian of the inputs, and this one has no factor: what goes through "
             "the model is infinite or no number somewhere before."
         )
-    dtype = jnp.dtype(scale_dtype)
-    results = []
-    for weights, scheme in matrices:
-        parts = []
-        for rows in _in_parts(weights):
-            if not method.gptq and method.grid == "rtn":
-                parts.append(quantize(rows, scheme, scale_dtype=dtype))
-                continue
-            grid = _grid(method, rows, scheme, importance, dtype)
-            if factor is None:
-                codes = codes_on(grid, as_groups(rows, scheme), scheme)
-            else:
-                grid, codes = gptq_codes(rows, factor, scheme, grid, dtype)
-            parts.append(as_array(grid, codes, scheme, weights.shape[1], dtype))
-        results.append(_joined(parts))
-    return results
+    return _Known(statistics.mean_square, factor)
+
+
+def _quantized(
+    rows: jax.Array, scheme: GroupedScheme, method: Method, known: _Known, scale_dtype: DTypeLike
+) -> QuantArray:
+    if not method.gptq and method.grid == "rtn":
+        return quantize(rows, scheme, scale_dtype=scale_dtype)
+    grid = _grid(method, rows, scheme, known.importance, scale_dtype)
+    if known.factor is None:
+        codes = codes_on(grid, as_groups(rows, scheme), scheme)
+    else:
+        grid, codes = gptq_codes(rows, known.factor, scheme, grid, scale_dtype)
+    return as_array(grid, codes, scheme, rows.shape[1], scale_dtype)
 
 
 def quantize_matrix(

@@ -1,7 +1,8 @@
-"""The table of schemes that `fusedllm.quantize` knows: a row each, found by name."""
+"""The table of schemes that `fusedllm.quantize` knows, a row each, found by name; and recipes of several of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from fusedllm.errors import QuantizationError
@@ -28,8 +29,41 @@ SCHEMES: dict[str, GroupedScheme] = {
         *_grouped(3, True),
         GroupedScheme("fp8", 8, codes="float8"),
         GroupedScheme("w8a8", 8, activation_bits=8),
+        # Named after the Hadamard matrix, by which rows and activations are turned: a suffix, as the codes are w8a8's.
+        GroupedScheme("w8a8-h", 8, activation_bits=8, turned=True),
     )
 }
+
+
+# A scheme, and rules for layers that take another. What q, k, v, gate, up and the head read can be turned once and for
+# all, in the weights (`calibrate/rotate.py`). What o and down read is made by attention and by the gate, through which
+# no matrix of that size can be moved, so that it is turned as the model runs.
+RECIPES: dict[str, tuple[str, Mapping[str, str]]] = {
+    "w8a8-turned": ("w8a8", {r"\b(self_attn\.o_proj|mlp\.down_proj)\.weight$": "w8a8-h"}),
+}
+
+
+def in_full(name: str, rules: Mapping[str, str] | None = None) -> tuple[str, Mapping[str, str] | None]:
+    """The scheme and the rules that `name`, of a recipe or a scheme, stands for; `rules` come before the recipe's."""
+    if not isinstance(name, str) or name not in RECIPES or not isinstance(rules, Mapping | None):
+        return name, rules
+    scheme, more = RECIPES[name]
+    return scheme, dict(rules or {}) | {pattern: one for pattern, one in more.items() if pattern not in (rules or {})}
+
+
+def turning(name: str, rules: Mapping[str, str] | None = None) -> str | None:
+    """The first scheme of `name` and `rules` whose products turn their inputs, or `None`."""
+    scheme, every = in_full(name, rules)
+    named = (SCHEMES.get(one) for one in (scheme, *(every or {}).values()))
+    return next((one.name for one in named if one is not None and one.turned), None)
+
+
+def not_said(what: str, format: str) -> str:
+    """Why `what`, a tensor or a scheme whose products turn their inputs, can't be written in `format`."""
+    return (
+        f"products with {what} turn their inputs as the model runs, which {format} has no way to say: write a table "
+        "(.arrow, .parquet), convert with --dtype float32, or choose another scheme."
+    )
 
 
 def scheme_named(name: str | GroupedScheme) -> GroupedScheme:
@@ -40,8 +74,14 @@ def scheme_named(name: str | GroupedScheme) -> GroupedScheme:
     """
     if isinstance(name, GroupedScheme):
         return name
+    if isinstance(name, str) and name in RECIPES:
+        scheme, rules = RECIPES[name]
+        raise QuantizationError(
+            f"{name} is a recipe for a whole model, where names tell layers apart; one array is of {scheme} or of "
+            f"{', '.join(rules.values())}."
+        )
     if not isinstance(name, str) or name not in SCHEMES:
-        raise QuantizationError(f"there is no scheme {name!r}; known are: {', '.join(SCHEMES)}.")
+        raise QuantizationError(f"there is no scheme {name!r}; known are: {', '.join([*SCHEMES, *RECIPES])}.")
     return SCHEMES[name]
 
 

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fusedllm.errors import QuantizationError
+from fusedllm.kernels.hadamard import hadamard
+
 
 @flax.struct.dataclass
 class Statistics:
@@ -31,6 +34,21 @@ class Statistics:
             mean_abs=self.mean_abs * inverse,
             hessian=None if self.hessian is None else self.hessian * inverse[:, None] * inverse,
         )
+
+    def of_turned(self) -> Statistics:
+        """The statistics of `hadamard(x)`; of `mean_abs` only what it can't exceed is known, the root of `mean_square`.
+
+        Raises:
+          QuantizationError: there is no Hessian, of which turned elements, which are sums, are made.
+        """
+        if self.hessian is None:
+            raise QuantizationError(
+                "the statistics of inputs that a scheme turns are made of their Hessian, and there is none."
+            )
+        # From both sides; the matrix is symmetric, and so is this but for rounding.
+        hessian = hadamard(hadamard(self.hessian).T)
+        mean_square = jnp.maximum(jnp.diagonal(hessian), 0)
+        return Statistics(mean_square, jnp.sqrt(mean_square), (hessian + hessian.T) / 2)
 
     @staticmethod
     def of_inputs(x: jax.Array) -> Statistics:

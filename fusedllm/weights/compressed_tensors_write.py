@@ -10,10 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fusedllm.errors import CheckpointError
+from fusedllm.errors import CheckpointError, QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import SCHEMES as BLOCKS
+from fusedllm.quant.schemes import not_said
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.compressed_tensors_config import EMBEDDING, PACKED, configuration, format_for
 from fusedllm.weights.grouped_codes import (
@@ -38,6 +39,7 @@ def compress(checkpoint: Checkpoint) -> tuple[dict[str, LazyTensor], dict[str, A
     Raises:
       CheckpointError: the format has no place for a matrix: groups that do not divide a row, or zero points that are no
         codes.
+      QuantizationError: products with a matrix turn their inputs (`w8a8-h`), which is not written.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -58,6 +60,10 @@ def compress(checkpoint: Checkpoint) -> tuple[dict[str, LazyTensor], dict[str, A
             continue
         if array.shape != tensor.shape or array.scales is None:
             raise CheckpointError(f"{name} was announced as {tensor.shape} and read as {array.shape}.")
+        if array.scheme.turned:
+            raise QuantizationError(
+                not_said(f"{name} ({array.scheme.name})", "compressed-tensors, as it is written here,")
+            )
         if module == EMBEDDING:
             tensors[name] = _dequantized(name, array, read)
         else:

@@ -18,7 +18,7 @@ from fusedllm.errors import QuantizationError
 from fusedllm.kernels.grouped import GroupedScheme, unpack
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import SCHEMES
-from fusedllm.quant.schemes import scheme_named
+from fusedllm.quant.schemes import not_said, scheme_named
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 
 BLOCK = 32
@@ -77,11 +77,17 @@ def _nothing(path: Path, what: str) -> str:
 
 
 def as_blocks(tensor: LazyTensor) -> LazyTensor:
-    """`tensor` with blocks of GGUF instead of grouped codes, where there are blocks for them; else as it is."""
+    """`tensor` with blocks of GGUF instead of grouped codes, where there are blocks for them; else as it is.
+
+    Raises:
+      QuantizationError: its products turn their inputs, which no GGUF says.
+    """
     if tensor.read_quantized is None or tensor.quantization in SCHEMES or len(tensor.shape) != 2:
         return tensor
     read = tensor.read_quantized
     scheme = read().scheme
+    if isinstance(scheme, GroupedScheme) and scheme.turned:
+        raise QuantizationError(not_said(f"{tensor.name} ({said(tensor)})", "a GGUF"))
     name = block_name(scheme, tensor.shape[1]) if isinstance(scheme, GroupedScheme) else None
     if name is None:
         return tensor
@@ -98,7 +104,9 @@ def as_blocks(tensor: LazyTensor) -> LazyTensor:
 
 def block_name(scheme: GroupedScheme, width: int) -> str | None:
     """The type of GGUF that holds the codes of `scheme`, or `None`."""
-    if scheme.codes != "integer" or scheme.bits not in (3, 4, 8) or width % BLOCK or scheme.group_size % BLOCK:
+    if scheme.codes != "integer" or scheme.bits not in (3, 4, 8) or scheme.turned:
+        return None
+    if width % BLOCK or scheme.group_size % BLOCK:
         return None
     if scheme.bits == 8:
         return "Q8_0" if scheme.symmetric else None

@@ -16,6 +16,7 @@ import numpy as np
 
 from fusedllm.errors import CheckpointError
 from fusedllm.kernels.grouped import GroupedScheme, pack, unpack
+from fusedllm.kernels.hadamard import hadamard_numpy
 from fusedllm.model.attributes import shortened
 from fusedllm.qarray import QuantArray
 from fusedllm.weights.checkpoint import LazyTensor
@@ -159,7 +160,7 @@ def decode(array: QuantArray, order: np.ndarray | None = None) -> np.ndarray:
                 codes = np.asarray(unpack(np, values[part], scheme.bits))[:, :width].astype(np.float32)
                 codes -= np.float32(scheme.center) if zeros is None else zeros[part].astype(np.float32)[:, order]
             np.multiply(codes, scales[part].astype(np.float32)[:, order], out=result[part])
-    return result
+    return hadamard_numpy(result) if scheme.turned else result
 
 
 def part_of(

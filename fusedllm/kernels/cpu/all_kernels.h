@@ -11,6 +11,7 @@
 #include "draw_kernel.h"
 #include "rows_kernel.h"
 #include "grouping_kernel.h"
+#include "hadamard_kernel.h"
 #include "ring_kernel.h"
 
 constexpr Kernels kTable = {
@@ -19,5 +20,5 @@ constexpr Kernels kTable = {
     write_cache, prefill_attention, prefill_floats, lone_attention, lone_scratch_floats, lone_partial_floats,
     merge_chunks, largest_of, exponentials_of, collect_above, mass_from, norm_rows, swiglu, encode_span,
     decode_span, split_limbs, ring_product, ring_encode, ring_decode, residue, residue_of_codes,
-    weigh_columns, largest_row,
+    weigh_columns, largest_row, turn,
 };

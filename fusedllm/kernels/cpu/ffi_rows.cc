@@ -1,4 +1,4 @@
-// `fusedllm_rms_norm` and `fusedllm_swiglu`: what lies between two products, row by row.
+// `fusedllm_rms_norm`, `fusedllm_swiglu` and `fusedllm_hadamard`: what lies between two products, row by row.
 #include <algorithm>
 
 #include "ffi_support.h"
@@ -63,6 +63,30 @@ ffi::Error swiglu(ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::Result<ffi::AnyBu
   return ffi::Error::Success();
 }
 
+ffi::Error hadamard(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, int64_t block) try {
+  const int64_t elements = static_cast<int64_t>(x.element_count());
+  if (x.dimensions().size() == 0 || !same_shape(x, *out) || !is_float(x, elements) || !is_float(*out, elements)) {
+    return refuse("hadamard: x and the result must be float32 of one shape, [..., width].");
+  }
+  const int64_t width = x.dimensions().back();
+  if (block < 1 || (block & (block - 1)) != 0 || width % block != 0) {
+    return refuse("hadamard: a block is a power of two that divides the width.");
+  }
+  if (elements == 0) return ffi::Error::Success();
+  const Kernels& kernels = fusedllm::kernels();
+  const int64_t rows = elements / width, part = std::max<int64_t>(1, kPart / width);
+  Pool::instance().run((rows + part - 1) / part, [&](int64_t item) {
+    static thread_local Scratch scratch;
+    float* memory = scratch.of<float>(block);
+    for (int64_t row = item * part; row < std::min(rows, (item + 1) * part); ++row) {
+      kernels.turn(x.typed_data<float>() + row * width, width, block, memory, out->typed_data<float>() + row * width);
+    }
+  });
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fusedllm: hadamard: no memory for a block.");
+}
+
 }  // namespace
 }  // namespace fusedllm
 
@@ -74,3 +98,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedllm_swiglu, fusedllm::swiglu,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fusedllm_hadamard, fusedllm::hadamard,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("block"));

@@ -93,12 +93,29 @@ int32_t fusedllm_ring_product(const int32_t* x, const int8_t* weight, int64_t to
   });
 }
 
-int32_t fusedllm_ring_encode(const float* x, const int32_t* pads, int64_t tokens, int64_t width, int32_t* masked,
-                             int8_t* codes, float* scales) {
-  if (!make_sense(tokens, width)) return -1;
+int32_t fusedllm_ring_encode(const float* x, const int32_t* pads, int64_t tokens, int64_t width, int64_t block,
+                             int32_t* masked, int8_t* codes, float* scales) {
+  if (!make_sense(tokens, width) || block < 0 || (block & (block - 1)) != 0 || (block != 0 && width % block != 0)) {
+    return -1;
+  }
   const Kernels& kernels = fusedllm::kernels();
   const RingEncoding encoding{x, pads, width, masked, codes, scales};
-  over_tokens(tokens, width, [&](int64_t first, int64_t last) { kernels.ring_encode(encoding, first, last); });
+  over_tokens(tokens, width, [&](int64_t first, int64_t last) {
+    if (block == 0) return kernels.ring_encode(encoding, first, last);
+    static thread_local Scratch scratch;
+    float* turned = scratch.of<float>(width + block);
+    for (int64_t token = first; token < last; ++token) {
+      const int64_t start = token * width;
+      kernels.turn(x + start, width, block, turned + width, turned);
+      const RingEncoding one{turned,
+                             pads == nullptr ? nullptr : pads + start,
+                             width,
+                             masked == nullptr ? nullptr : masked + start,
+                             codes == nullptr ? nullptr : codes + start,
+                             scales + token};
+      kernels.ring_encode(one, 0, 1);
+    }
+  });
   return 0;
 }
 

@@ -18,9 +18,9 @@ extern "C" {
 int32_t fusedllm_ring_product(const int32_t* x, const int8_t* weight, int64_t tokens, int64_t width, int64_t rows,
                               int32_t* out);
 // x as codes of eight bits with one scale a token, as they are (`codes`, or null) and with pads added (`masked`, or null;
-// pads, or null for none).
-int32_t fusedllm_ring_encode(const float* x, const int32_t* pads, int64_t tokens, int64_t width, int32_t* masked,
-                             int8_t* codes, float* scales);
+// pads, or null for none). Rows are turned first (`Kernels::turn`) in blocks of `block` elements, or not where that is 0.
+int32_t fusedllm_ring_encode(const float* x, const int32_t* pads, int64_t tokens, int64_t width, int64_t block,
+                             int32_t* masked, int8_t* codes, float* scales);
 // Sums less pads (or null), as they are (`integers`, or null) and scaled (`out`, or null). 1 where a magnitude is above
 // `bound`.
 int32_t fusedllm_ring_decode(const int32_t* sums, const int32_t* pads, const float* token_scales,

@@ -211,6 +211,8 @@ struct Kernels {
                         int64_t first, int64_t last, uint32_t* out);
   // The largest sum of magnitudes of the rows [first, last) of weight[rows][width].
   int64_t (*largest_row)(const int8_t* weight, int64_t width, int64_t first, int64_t last);
+  // A row of `width` in blocks of a power of two, each times the normalised Walsh-Hadamard matrix. `scratch` holds a block.
+  void (*turn)(const float* x, int64_t width, int64_t block, float* scratch, float* out);
 };
 
 const Kernels* portable_kernels();
