@@ -313,6 +313,15 @@ def test_a_compilation_after_warm_up_is_an_error_with_its_shape(tiny_llm):
     tiny_llm.logits(ids(9), chunk=5)
 
 
+def test_decoding_does_not_convert_the_whole_embedding():
+    config = dataclasses.replace(TINY, vocab_size=20_000, tie_embeddings=False)
+    llm = LLM(config, random_params(config, "bfloat16", seed=1), engine=TINY_ENGINE)
+    table = llm.engine.runner._params.embedding
+    assert table.dtype == jnp.bfloat16
+    # As float32 it would be twice as large.
+    assert llm.engine.runner.memory_analysis(1).temp_size_in_bytes < table.nbytes
+
+
 @pytest.mark.parametrize(
     ("batch", "kv_dtype", "implementation"),
     [(1, "float32", None), (4, "float32", None), (1, "int8", "xla"), (1, "float8_e4m3fn", "xla")],

@@ -38,6 +38,9 @@ def embed(
 
 def _embed_xla(table: jax.Array | QuantArray, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     if not isinstance(table, QuantArray):
+        # XLA turns a bfloat16 table into float32 as a whole before it gathers on the CPU, and moves that out of a loop
+        # over steps: gigabytes of temporaries, half a second a launch. What depends on the tokens is not moved.
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
         return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
     flat = tokens.reshape(-1)
     hidden = table.shape[-1]
