@@ -61,8 +61,8 @@ def test_a_site_of_both_kinds_is_refused():
     site = Site("gate_up", 0)
     with pytest.raises(PolicyError, match="gate_up of layer 0 share their activations, and some want them turned"):
         boundary.place(site, (plain, turned))
-    assert boundary.place(site, (turned, turned))[0].turned
-    assert not boundary.place(site, (plain, plain))[0].turned
+    assert boundary.place(site, (turned, turned)).turned
+    assert not boundary.place(site, (plain, plain)).turned
 
 
 @pytest.mark.parametrize("name", ["q.gguf", "q.safetensors"])
