@@ -32,6 +32,7 @@ HANDLERS = (
     "fusedllm_quantize",
     "fusedllm_dequantize",
     "fusedllm_ring_linear",
+    "fusedllm_ask",
 )
 
 # Best first.
@@ -46,7 +47,7 @@ MOST_THREADS = 256
 
 # Changes with every change of a handler's operands or of their dtypes, in `cpu/isa.cc` too: a library of another age is
 # not used.
-INTERFACE = 8
+INTERFACE = 9
 
 
 class MissingKernelsWarning(UserWarning):

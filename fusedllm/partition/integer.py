@@ -142,13 +142,13 @@ class IntegerBoundary:
         if self.pool is None:
             raise BoundaryError("the boundary has no pads yet: begin() comes first.")
         with self.pool.take(group.site, len(rows)) as pads:
-            encoded = ring.encode(rows, pads.outgoing())
+            encoded = ring.encode(rows, pads.outgoing(), sent=self.link.outgoing(rows.shape, np.int32))
             (received,) = self.link.exchange(group.placed, encoded.sent)
             decoded = ring.decode(received, pads.incoming(), encoded.scales, group.scales, group.bound)
         return decoded, encoded.codes
 
     def _sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
-        encoded = ring.encode(rows)
+        encoded = ring.encode(rows, sent=self.link.outgoing(rows.shape, np.int32))
         (received,) = self.link.exchange(group.placed, encoded.sent)
         return ring.decode(received, None, encoded.scales, group.scales, group.bound), encoded.codes
 

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from fusedllm.model.placement import Site
+from fusedllm.weights.load import aligned_empty
 
 # The operands of a product on the device, and its results: arrays `[rows, out]`.
 Product = Callable[..., tuple[jax.Array, ...]]
@@ -40,17 +42,35 @@ class Link(Protocol):
         """Puts the weights of a site on the device. A model's sites are placed before the first exchange."""
         ...
 
+    def outgoing(self, shape: tuple[int, int], dtype: DTypeLike) -> np.ndarray:
+        """Memory for what is sent next, from which it leaves without another copy; the same for every exchange."""
+        ...
+
     def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
         """What the product of `sent` with the weights of a site is on the device: all that leaves, all that comes back.
 
         Args:
-          sent: `[rows, in]`; not written to until the exchange is over.
+          sent: `[rows, in]`; not written to until the exchange is over. Those of `outgoing` travel best.
         """
         ...
 
     def close(self) -> None:
         """Ends what is under way on the device."""
         ...
+
+
+class Outbox:
+    """Memory for what is sent, used again and again: new memory of megabytes costs as much as to copy them."""
+
+    def __init__(self) -> None:
+        self._memory = aligned_empty((0,), np.dtype(np.uint8))
+
+    def take(self, shape: tuple[int, int], dtype: DTypeLike) -> np.ndarray:
+        """An array of what was there before, on a boundary of 64 bytes; the next one lies in the same memory."""
+        size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if self._memory.nbytes < size:
+            self._memory = aligned_empty((size,), np.dtype(np.uint8))
+        return self._memory[:size].view(dtype).reshape(shape)
 
 
 class Driven:
@@ -65,11 +85,16 @@ class Driven:
         self.device = device
         self.product = product
         # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
+        self._outbox = Outbox()
         self.launch = jax.jit(product, in_shardings=jax.sharding.SingleDeviceSharding(device))
 
     def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:
         """Puts the weights of a site on the device."""
         return Placed(site, jax.device_put(weights, self.device))
+
+    def outgoing(self, shape: tuple[int, int], dtype: DTypeLike) -> np.ndarray:
+        """See `Link`. On the CPU the program reads it where it lies."""
+        return self._outbox.take(shape, dtype)
 
     def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
         """Launches the product, and waits for it."""

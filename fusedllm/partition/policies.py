@@ -10,11 +10,15 @@ from fusedllm.errors import PolicyError
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
 from fusedllm.partition.hosted import Boundary, Hosted
+from fusedllm.partition.in_program import VIAS, InProgram
 from fusedllm.partition.integer import IntegerBoundary, integer_product
 from fusedllm.partition.ledger import Ledger
-from fusedllm.partition.link import Driven
+from fusedllm.partition.link import Driven, Link, Product
 from fusedllm.partition.plain import Plain
 from fusedllm.partition.split import Split, clear_product
+
+# The forms of a crossing: the host launches each product, or one program asks the host for what it multiplies next.
+CROSSINGS = ("driven", *VIAS)
 
 NO_CLAIM = "no confidentiality claim"
 
@@ -79,12 +83,13 @@ POLICIES = {
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A policy over one model: the placement, the parameters where it wants them, and what it counts."""
+    """A policy over one model: the placement, the parameters where it wants them, its counts, and how it crosses."""
 
     policy: Policy
     placement: Placement
     params: Params
     ledger: Ledger
+    crossing: str | None = None
 
 
 def find(name: str) -> Policy:
@@ -98,32 +103,55 @@ def find(name: str) -> Policy:
     return POLICIES[name]
 
 
-def apply(name: str, params: Params, *, implementation: str | None, activation_bits: int) -> Applied:
-    """Puts a policy over a model whose parameters are `params`.
+def apply(
+    name: str, params: Params, *, implementation: str | None, activation_bits: int, crossing: str | None = None
+) -> Applied:
+    """Puts a policy over a model whose parameters are `params`; `crossing` is one of `CROSSINGS`, by default the first.
 
     Raises:
-      PolicyError: there is no such policy, or no device for it.
+      PolicyError: there is no such policy, or no device for it, or it has no such crossing.
     """
     policy = find(name)
+    check_crossing(policy, crossing)
     plain = Plain(implementation, activation_bits)
     if not policy.crosses:
         if name == "trusted":
             params = jax.device_put(params, jax.devices("cpu")[0])
         return Applied(policy, plain, params, Ledger())
     trusted, device = devices(name)
+
+    def link(product: Product) -> Link:
+        if crossing in VIAS:
+            return InProgram(device, product, via=crossing)
+        return Driven(device, product)
+
     boundary: Boundary
     if name == "split":
-        boundary = Split(
-            Driven(device, clear_product(precise=activation_bits == 16, implementation=implementation)),
-        )
+        boundary = Split(link(clear_product(precise=activation_bits == 16, implementation=implementation)))
     else:
         boundary = IntegerBoundary(
-            Driven(device, integer_product(implementation=implementation)),
-            masked="masked" in name,
-            verified="verify" in name,
+            link(integer_product(implementation=implementation)), masked="masked" in name, verified="verify" in name
         )
     placement = Hosted(boundary, trusted)
-    return Applied(policy, placement, placement.place(params), boundary.ledger)
+    return Applied(policy, placement, placement.place(params), boundary.ledger, crossing or CROSSINGS[0])
+
+
+def check_crossing(policy: Policy, crossing: str | None) -> None:
+    """Refuses a form of the crossing that is not known, or any where nothing crosses.
+
+    Raises:
+      PolicyError: it is so.
+    """
+    if crossing is None:
+        return
+    if crossing not in CROSSINGS:
+        raise PolicyError(f"there is no crossing {crossing!r}; known are {', '.join(CROSSINGS)}.")
+    if not policy.crosses:
+        crossed = ", ".join(known.name for known in POLICIES.values() if known.crosses)
+        raise PolicyError(
+            f"under the policy {policy.name!r} nothing crosses, and the crossing {crossing!r} was asked for; leave it "
+            f"away, or choose a policy that crosses: {crossed}."
+        )
 
 
 def devices(name: str) -> tuple[jax.Device, jax.Device]:
