@@ -277,6 +277,8 @@ def test_a_failure_of_the_trusted_side_in_the_middle_leaves_the_next_answer_good
     boundary.link.exchange = failing
     with pytest.raises(error):
         llm.generate([PROMPTS[1]], max_tokens=4)
+    # Nothing waits until then.
+    boundary.link._running.exception(5)
     del boundary.link.exchange
     assert answers(llm, [PROMPTS[1]]) == driven["masked+verify"].tokens[1:2]
     boundary.close()
@@ -313,50 +315,52 @@ def _is_native(link) -> bool:
     return isinstance(link._meeting, NativeMeeting) and link._meeting._place >= 0
 
 
-@pytest.mark.parametrize("via", FORMS)
-@pytest.mark.parametrize("end", ["", "link.close()", "del link, sites, x"])
-def test_a_process_ends_while_its_program_waits(via, end):
-    code = f"""
-import sys
-sys.path.insert(0, "tests")
-import conftest
-from test_in_program import linked, numbers
-link, sites = linked({via!r})
-x = link.exchange(sites[0], numbers(2))
-{end}
-print("over", flush=True)
+# In a process of its own, which imports no more than it needs: a link whose program waits for its second product.
+WAITING = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+if {one_core}:
+    os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+import jax
+import numpy as np
+from fusedllm.model.placement import Site
+from fusedllm.partition.in_program import InProgram
+from fusedllm.partition.integer import integer_product
+link = InProgram(jax.devices("cpu")[1], integer_product(implementation="xla"), via={via!r})
+placed = [link.place(Site(name, 0), (np.ones((8, 64), np.int8),)) for name in ("qkv", "o", "gate_up", "down")]
+x = np.ones((2, 64), np.int32)
+link.exchange(placed[0], x)
+link.exchange(placed[1], x)
 """
+
+
+def run_alone(via, code, one_core=False) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+        [sys.executable, "-c", WAITING.format(via=via, one_core=one_core) + code],
+        cwd=ROOT, capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
 
 
 @pytest.mark.parametrize("via", FORMS)
+@pytest.mark.parametrize("end", ["", "del link"])
+def test_a_process_ends_while_its_program_waits(via, end):
+    run_alone(via, f'{end}\nprint("over", flush=True)')
+
+
+@pytest.mark.parametrize("via", FORMS)
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can't be chosen here")
-def test_one_core_is_enough(via):
-    code = f"""
-import os, sys
-os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
-sys.path.insert(0, "tests")
-import conftest, jax, numpy as np
-import test_in_program as tests
-link, placed = tests.linked({via!r})
-# A trusted segment that XLA would share among threads, while the program waits in one.
-segment = jax.jit(lambda x: (x @ x.T @ x).sum(), device=None)
-x = np.ones((512, 512), np.float32)
-link.exchange(placed[0], tests.numbers(2))
-for number in range(1, 5):
-    assert float(segment(x)) == 512.0**4
-    link.exchange(placed[number], tests.numbers(2))
-for _ in range(20):
-    tests.run_pass(link, placed)
-link.close()
+def test_one_core_is_enough_where_xla_would_share_a_segment_among_threads(via):
+    code = """
+segment = jax.jit(lambda x: (x @ x.T @ x).sum())
+y = np.ones((512, 512), np.float32)
+for _ in range(3):
+    for one in placed:
+        assert float(segment(y)) == 512.0**4
+        assert int(link.exchange(one, x)[0][0, 0]) == 64
+print("over")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    run_alone(via, code, one_core=True)
 
 
 @pytest.mark.parametrize("via", FORMS)
@@ -376,6 +380,34 @@ def test_two_models_answer_at_once_in_one_process(table, driven, via):
     assert found == [[answer] * 3 for answer in expected]
     for llm in models:
         boundary_of(llm).close()
+
+
+@pytest.mark.parametrize("via", FORMS)
+def test_models_at_once_leave_xla_the_threads_that_their_segments_need(via):
+    width, count = 512, 3
+    weight, x = np.ones((width, width), np.int8), np.ones((64, width), np.int32)
+    # Too much for XLA to compute it in the thread that launches it, and so is the product.
+    segment = jax.jit(lambda y: (y @ y.T @ y).sum())
+    y = np.ones((width, width), np.float32)
+    segment(y)
+    done = []
+
+    def run() -> None:
+        link = InProgram(jax.devices("cpu")[1], integer_product(implementation="xla"), via=via)
+        placed = [link.place(Site(name, layer), (weight,)) for layer in range(2) for name in ("qkv", "o", "gate_up")]
+        for _ in range(3):
+            for site in placed:
+                assert link.exchange(site, x)[0][0, 0] == width
+                assert float(segment(y)) == width**4
+        link.close()
+        done.append(True)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(done) == count
 
 
 def test_forms_that_can_not_be_are_refused_by_name(monkeypatch):

@@ -9,7 +9,8 @@ number of rows.
 
 What is asked for, and whether a pass goes on, is known by the trusted side alone: a request is compared with what it
 expects, and nothing that the device says changes that (`meeting.py`). The program is launched by a thread of the link,
-for on the CPU it may hold that thread until it ends.
+for on the CPU it may hold that thread until it ends. Nothing that the trusted side has left in its midst goes on
+waiting: `Hosted` abandons the pass where it fails.
 """
 
 from __future__ import annotations
@@ -134,6 +135,10 @@ class InProgram:
         self._left = self._left[1:]
         return into
 
+    def abandon(self) -> None:
+        """See `Link`: the program that waits is told to end."""
+        self._end()
+
     def close(self) -> None:
         """Ends the program that waits, and the thread of the link. Nothing can be exchanged any more."""
         self._end()
@@ -174,8 +179,15 @@ class InProgram:
             program = self._compiled[first, rows] = self._run(lambda: self._compile(first, rows)).result()
         numbers = self._programs[first]
         weights = [self._placed[number].weights for number in numbers]
+        # A GPU takes its programs one after the other by itself.
+        turn = _turn if self.device.platform == "cpu" else contextlib.nullcontext()
+
+        def launch() -> None:
+            with turn:
+                jax.block_until_ready(program(weights))
+
         self._meeting.begin()
-        self._running = self._run(lambda: jax.block_until_ready(program(weights)))
+        self._running = self._run(launch)
         self._left, self._rows = numbers, rows
 
     def _compile(self, first: int, rows: tuple[int, np.dtype[Any]]) -> Any:
@@ -279,6 +291,11 @@ def _close(meeting: Meeting, tasks: Tasks) -> None:
     tasks.put(None)
 
 
+# Only one program waits at a time. XLA's CPU has a thread for each of its devices, two where one plays the accelerator,
+# and may run a program in one of them, however it was launched: if two programs waited, of two models, no thread would
+# be left for the segments that they wait for.
+_turn = threading.Lock()
+
 _links: weakref.WeakSet[InProgram] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
@@ -290,6 +307,8 @@ def _close_all() -> None:
     The threads of links that nobody has any more are waited for, too: one that is inside of XLA when the interpreter
     goes away aborts the process.
     """
+    for link in list(_links):
+        link.abandon()
     for link in list(_links):
         link.close()
     for thread in list(_threads):

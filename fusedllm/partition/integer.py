@@ -110,6 +110,10 @@ class IntegerBoundary:
         if self._verified:
             self.verifier = Verifier(self._weights)
 
+    def abandon(self) -> None:
+        """Ends a pass in its midst."""
+        self.link.abandon()
+
     def close(self) -> None:
         """Overwrites the pads that wait, and ends the link; nothing can be masked any more."""
         self.link.close()

@@ -54,6 +54,10 @@ class Link(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Ends a pass that the trusted side has left in its midst; nothing where there is none."""
+        ...
+
     def close(self) -> None:
         """Ends what is under way on the device."""
         ...
@@ -102,6 +106,9 @@ class Driven:
             products = self.launch(sent, *placed.weights)
         with jax.transfer_guard_device_to_host("allow"):
             return tuple(np.asarray(product) for product in products)
+
+    def abandon(self) -> None:
+        """Nothing, as for `close`."""
 
     def close(self) -> None:
         """Nothing: between two exchanges nothing is under way."""

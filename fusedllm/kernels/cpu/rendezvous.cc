@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "ffi_support.h"
+#include "pool.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,6 +23,8 @@ namespace {
 constexpr auto kSpin = std::chrono::microseconds(50);
 // Of one process.
 constexpr int kPlaces = 64;
+// Bytes that a thread copies; of more than two parts the pool's threads copy some each.
+constexpr int64_t kPart = int64_t{1} << 18;
 
 struct Place {
   std::atomic<bool> used{false};
@@ -45,6 +48,15 @@ void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+void copy(void* into, const void* from, int64_t bytes) {
+  const int64_t parts = (bytes + kPart - 1) / kPart;
+  const auto one = [&](int64_t first, int64_t size) {
+    std::memcpy(static_cast<char*>(into) + first, static_cast<const char*>(from) + first, static_cast<size_t>(size));
+  };
+  if (parts <= 2) return one(0, bytes);
+  Pool::instance().run(parts, [&](int64_t part) { one(part * kPart, std::min(kPart, bytes - part * kPart)); });
 }
 
 // On a single core whoever watches keeps the other from coming.
@@ -149,7 +161,7 @@ Rendezvous::Outcome Rendezvous::ask(int64_t last, const Results& results, int64_
       return broken(kOtherSize);
     }
     for (int32_t result = 0; result < results.count; ++result) {
-      std::memcpy(message_.into[result], results.from[result], static_cast<size_t>(results.bytes[result]));
+      copy(message_.into[result], results.from[result], results.bytes[result]);
     }
     message_ = Message();
     turn(kReady);
@@ -167,7 +179,7 @@ Rendezvous::Outcome Rendezvous::ask(int64_t last, const Results& results, int64_
   if (phase() == kBroken) return why_;
   if (number != message_.number) return broken(kOutOfOrder);
   if (bytes != message_.sent_bytes) return broken(kOtherSize);
-  std::memcpy(into, message_.sent, static_cast<size_t>(bytes));
+  copy(into, message_.sent, bytes);
   turn(kTaken);
   return kDone;
 }
