@@ -56,6 +56,7 @@ def load(
     activation_bits: int | None = None,
     threads: int | None = None,
     policy: str = "plain",
+    crossing: str | None = None,
     random_weights: bool = False,
     seed: int = 0,
     keep_programs: bool = True,
@@ -84,6 +85,8 @@ def load(
         confidentiality claim; `split` has everything but the products on the CPU, and no claim either; `masked` hides
         what the products see, `verify` checks them and `masked+verify` does both, for models of `w8a8`; `trusted` runs
         on the CPU alone.
+      crossing: under a policy that crosses, `driven` (the default) launches each product from the host; with `callback`
+        (Python's) and `ffi` (native, on the CPU) one program runs all products of a pass, and asks the host.
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.
       keep_programs: keep compiled programs on disk for the next process, in this package's cache directory, unless jax
@@ -138,6 +141,7 @@ def load(
         implementation=implementation,
         activation_bits=activation_bits,
         policy=policy,
+        crossing=crossing,
         load_report=report,
     )
 
@@ -164,6 +168,7 @@ class LLM:
         implementation: str | None = None,
         activation_bits: int | None = None,
         policy: str = "plain",
+        crossing: str | None = None,
         load_report: LoadReport | None = None,
     ) -> None:
         check_activation_bits(activation_bits)
@@ -178,7 +183,11 @@ class LLM:
         self.activation_bits = activation_bits or default_activation_bits(config.hidden_size)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         self._applied = policies.apply(
-            policy, params, implementation=implementation, activation_bits=self.activation_bits
+            policy,
+            params,
+            implementation=implementation,
+            activation_bits=self.activation_bits,
+            crossing=crossing,
         )
         runner = Runner(
             config,
@@ -219,7 +228,8 @@ class LLM:
 
     def boundary_report(self) -> str:
         """What has crossed the boundary so far, by site, under the policy's own words."""
-        return f"{self.policy_words()}\n{self._applied.report()}"
+        crossing = f"crossing: {self._applied.crossing}\n" if self._applied.crossing else ""
+        return f"{self.policy_words()}\n{crossing}{self._applied.report()}"
 
     def close(self) -> None:
         """Ends the policy's session: pads that wait are overwritten, and nothing can cross any more."""

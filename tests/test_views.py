@@ -71,6 +71,16 @@ def test_the_device_sees_what_the_policy_declares(models, name, rows):
     assert view(programs) == POLICIES[name].leaks
 
 
+@pytest.mark.parametrize("crossing", ["callback", "ffi"])
+@pytest.mark.parametrize("name", ["split", "masked"])
+def test_a_program_that_asks_for_its_operands_sees_no_more(w8a8, name, crossing):
+    llm = load(w8a8, policy=name, engine=TINY_ENGINE, crossing=crossing)
+    programs = boundary_of(llm).programs(4, np.float32)
+    assert len(programs) == 3
+    assert view(programs) == POLICIES[name].leaks
+    llm.close()
+
+
 def test_plain_shows_everything(models):
     programs = of_the_engine(models["plain"])
     found = frozenset(label for program in programs for label in leaks(program))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Those of `fusedllm.partition.policies`, which would import jax.
 POLICIES = ("plain", "split", "masked", "verify", "masked+verify", "trusted")
+CROSSINGS = ("driven", "callback", "ffi")
 
 DEFAULT_CKPT = "smollm2-135m"
 
@@ -51,6 +52,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=POLICIES,
         help="which part runs where, and so what whoever runs the accelerator sees (default plain: everything)",
     )
+    group.add_argument(
+        "--crossing",
+        choices=CROSSINGS,
+        help="how a policy with a boundary crosses it: the host launches each product (driven, the default), or one "
+        "program asks the host, by a callback of Python or natively on the CPU (ffi)",
+    )
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
 
@@ -69,6 +76,7 @@ def load_model(
         activation_bits=options.activation_bits,
         threads=options.threads,
         policy=options.policy,
+        crossing=options.crossing,
         max_context=options.max_context,
         engine=engine,
         random_weights=options.random_weights,

@@ -40,8 +40,8 @@ def _embed_xla(table: jax.Array | QuantArray, tokens: jax.Array, dtype: DTypeLik
     if not isinstance(table, QuantArray):
         # XLA turns a bfloat16 table into float32 as a whole before it gathers on the CPU, and moves that out of a loop
         # over steps: gigabytes of temporaries, half a second a launch. What depends on the tokens is not moved.
-        table, tokens = jax.lax.optimization_barrier((table, tokens))
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        held, tokens = jax.lax.optimization_barrier((table, tokens))
+        return jnp.take(jnp.asarray(held), tokens, axis=0, mode="clip").astype(dtype)
     flat = tokens.reshape(-1)
     hidden = table.shape[-1]
     scheme = packed_scheme(table)

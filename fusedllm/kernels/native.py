@@ -33,6 +33,7 @@ HANDLERS = (
     "fusedllm_dequantize",
     "fusedllm_ring_linear",
     "fusedllm_hadamard",
+    "fusedllm_ask",
 )
 
 # Best first.
@@ -47,7 +48,7 @@ MOST_THREADS = 256
 
 # Changes with every change of a handler's operands or of their dtypes, in `cpu/isa.cc` too: a library of another age is
 # not used.
-INTERFACE = 9
+INTERFACE = 10
 
 
 class MissingKernelsWarning(UserWarning):

@@ -61,6 +61,10 @@ class Boundary(Protocol):
         """What runs on the device where `rows` rows of activations of `dtype` cross at each site."""
         ...
 
+    def abandon(self) -> None:
+        """Ends a pass that has failed in its midst; the next one may begin."""
+        ...
+
     def close(self) -> None:
         """Ends the session: nothing crosses any more."""
         ...
@@ -108,8 +112,12 @@ class Hosted:
         def run(*operands: Any, **named: Any) -> Any:
             if getattr(self._guard, "stands", False):
                 return function(*operands, **named)
-            with self._guarded():
-                return function(*self._taken(operands), **named)
+            try:
+                with self._guarded():
+                    return function(*self._taken(operands), **named)
+            except BaseException:
+                self.boundary.abandon()
+                raise
 
         return run
 

@@ -130,6 +130,10 @@ class IntegerBoundary:
         """What runs on the device: with pads it sees numbers that tell nothing, whatever the `dtype` of activations."""
         return self.link.programs(rows, np.int32, Label.MASKED if self._masked else Label.ACTIVATIONS)
 
+    def abandon(self) -> None:
+        """Ends a pass in its midst."""
+        self.link.abandon()
+
     def close(self) -> None:
         """Overwrites the pads that wait, and ends the link; nothing can be masked any more."""
         self.link.close()
@@ -162,13 +166,15 @@ class IntegerBoundary:
         if self.pool is None:
             raise BoundaryError("the boundary has no pads yet: begin() comes first.")
         with self.pool.take(group.site, len(rows)) as pads:
-            encoded = ring.encode(rows, pads.outgoing(), turned=group.turned)
+            out = self.link.outgoing(rows.shape, np.int32)
+            encoded = ring.encode(rows, pads.outgoing(), sent=out, turned=group.turned)
             (received,) = self.link.exchange(group.placed, encoded.sent)
             decoded = ring.decode(received, pads.incoming(), encoded.scales, group.scales, group.bound)
         return decoded, encoded.codes
 
     def _sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
-        encoded = ring.encode(rows, turned=group.turned)
+        out = self.link.outgoing(rows.shape, np.int32)
+        encoded = ring.encode(rows, sent=out, turned=group.turned)
         (received,) = self.link.exchange(group.placed, encoded.sent)
         return ring.decode(received, None, encoded.scales, group.scales, group.bound), encoded.codes
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from fusedllm.model.placement import Site
 from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
+from fusedllm.weights.load import aligned_empty
 
 # The operands of a product on the device, and its results: arrays `[rows, out]`.
 Product = Callable[..., tuple[jax.Array, ...]]
@@ -43,12 +44,20 @@ class Link(Protocol):
         """Puts the weights of a site on the device. A model's sites are placed before the first exchange."""
         ...
 
+    def outgoing(self, shape: tuple[int, int], dtype: DTypeLike) -> np.ndarray:
+        """Memory for what is sent next, from which it leaves without another copy; the same for every exchange."""
+        ...
+
     def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
         """What the product of `sent` with the weights of a site is on the device: all that leaves, all that comes back.
 
         Args:
-          sent: `[rows, in]`; not written to until the exchange is over.
+          sent: `[rows, in]`; not written to until the exchange is over. Those of `outgoing` travel best.
         """
+        ...
+
+    def abandon(self) -> None:
+        """Ends a pass that the trusted side has left in its midst; nothing where there is none."""
         ...
 
     def close(self) -> None:
@@ -58,6 +67,20 @@ class Link(Protocol):
     def programs(self, rows: int, dtype: DTypeLike, label: Label) -> list[DeviceProgram]:
         """What runs on the device where `rows` rows of `dtype`, which are what `label` says, are sent to each site."""
         ...
+
+
+class Outbox:
+    """Memory for what is sent, used again and again: new memory of megabytes costs as much as to copy them."""
+
+    def __init__(self) -> None:
+        self._memory = aligned_empty((0,), np.dtype(np.uint8))
+
+    def take(self, shape: tuple[int, int], dtype: DTypeLike) -> np.ndarray:
+        """An array of what was there before, on a boundary of 64 bytes; the next one lies in the same memory."""
+        size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if self._memory.nbytes < size:
+            self._memory = aligned_empty((size,), np.dtype(np.uint8))
+        return self._memory[:size].view(dtype).reshape(shape)
 
 
 class Driven:
@@ -71,6 +94,7 @@ class Driven:
     def __init__(self, device: jax.Device, product: Product) -> None:
         self.device = device
         self.product = product
+        self._outbox = Outbox()
         # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
         self.launch = jax.jit(product, in_shardings=jax.sharding.SingleDeviceSharding(device))
         self._sites: list[Placed] = []
@@ -81,12 +105,19 @@ class Driven:
         self._sites.append(placed)
         return placed
 
+    def outgoing(self, shape: tuple[int, int], dtype: DTypeLike) -> np.ndarray:
+        """See `Link`. On the CPU the program reads it where it lies."""
+        return self._outbox.take(shape, dtype)
+
     def exchange(self, placed: Placed, sent: np.ndarray) -> tuple[np.ndarray, ...]:
         """Launches the product, and waits for it."""
         with jax.transfer_guard_host_to_device("allow"):
             products = self.launch(sent, *placed.weights)
         with jax.transfer_guard_device_to_host("allow"):
             return tuple(np.asarray(product) for product in products)
+
+    def abandon(self) -> None:
+        """Nothing, as for `close`."""
 
     def close(self) -> None:
         """Nothing: between two exchanges nothing is under way."""

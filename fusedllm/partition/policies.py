@@ -11,13 +11,17 @@ from fusedllm.errors import PolicyError
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
 from fusedllm.partition.hosted import Boundary, Hosted
+from fusedllm.partition.in_program import VIAS, InProgram
 from fusedllm.partition.integer import IntegerBoundary, integer_product
 from fusedllm.partition.ledger import Ledger
-from fusedllm.partition.link import Driven
+from fusedllm.partition.link import Driven, Link, Product
 from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.plain import Plain
 from fusedllm.partition.split import Split, clear_product
 from fusedllm.partition.views import Label
+
+# The forms of a crossing: the host launches each product, or one program asks the host for what it multiplies next.
+CROSSINGS = ("driven", *VIAS)
 
 NO_CLAIM = "no confidentiality claim"
 
@@ -102,7 +106,7 @@ POLICIES = {
 class Applied:
     """A policy over one model: the placement, the parameters where it wants them, and what it counts.
 
-    `boundary` is `None` where nothing crosses.
+    `boundary` and `crossing`, the form in which it crosses, are `None` where nothing does.
     """
 
     policy: Policy
@@ -110,6 +114,7 @@ class Applied:
     params: Params
     ledger: Ledger
     boundary: Boundary | None = None
+    crossing: str | None = None
 
     def report(self) -> str:
         """What has crossed so far, by site, and what was computed beforehand."""
@@ -133,32 +138,55 @@ def find(name: str) -> Policy:
     return POLICIES[name]
 
 
-def apply(name: str, params: Params, *, implementation: str | None, activation_bits: int) -> Applied:
-    """Puts a policy over a model whose parameters are `params`.
+def apply(
+    name: str, params: Params, *, implementation: str | None, activation_bits: int, crossing: str | None = None
+) -> Applied:
+    """Puts a policy over a model whose parameters are `params`; `crossing` is one of `CROSSINGS`, by default the first.
 
     Raises:
-      PolicyError: there is no such policy, or no device for it.
+      PolicyError: there is no such policy, or no device for it, or it has no such crossing.
     """
     policy = find(name)
+    check_crossing(policy, crossing)
     plain = Plain(implementation, activation_bits)
     if not policy.crosses:
         if name == "trusted":
             params = jax.device_put(params, jax.devices("cpu")[0])
         return Applied(policy, plain, params, Ledger())
     trusted, device = devices(name)
+
+    def link(product: Product) -> Link:
+        if crossing in VIAS:
+            return InProgram(device, product, via=crossing)
+        return Driven(device, product)
+
     boundary: Boundary
     if not policy.integers:
-        boundary = Split(
-            Driven(device, clear_product(precise=activation_bits == 16, implementation=implementation)),
-        )
+        boundary = Split(link(clear_product(precise=activation_bits == 16, implementation=implementation)))
     else:
         boundary = IntegerBoundary(
-            Driven(device, integer_product(implementation=implementation)),
-            masked="masked" in name,
-            verified="verify" in name,
+            link(integer_product(implementation=implementation)), masked="masked" in name, verified="verify" in name
         )
     placement = Hosted(boundary, trusted)
-    return Applied(policy, placement, placement.place(params), boundary.ledger, boundary)
+    return Applied(policy, placement, placement.place(params), boundary.ledger, boundary, crossing or CROSSINGS[0])
+
+
+def check_crossing(policy: Policy, crossing: str | None) -> None:
+    """Refuses a form of the crossing that is not known, or any where nothing crosses.
+
+    Raises:
+      PolicyError: it is so.
+    """
+    if crossing is None:
+        return
+    if crossing not in CROSSINGS:
+        raise PolicyError(f"there is no crossing {crossing!r}; known are {', '.join(CROSSINGS)}.")
+    if not policy.crosses:
+        crossed = ", ".join(known.name for known in POLICIES.values() if known.crosses)
+        raise PolicyError(
+            f"under the policy {policy.name!r} nothing crosses, and the crossing {crossing!r} was asked for; leave it "
+            f"away, or choose a policy that crosses: {crossed}."
+        )
 
 
 def pad_words(reports: Iterable[PadReport]) -> str:

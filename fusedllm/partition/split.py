@@ -45,6 +45,10 @@ class Split:
     def begin(self) -> None:
         """Nothing: there are no secrets."""
 
+    def abandon(self) -> None:
+        """Ends a pass in its midst."""
+        self.link.abandon()
+
     def close(self) -> None:
         """Ends the link."""
         self.link.close()

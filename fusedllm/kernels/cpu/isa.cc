@@ -61,7 +61,7 @@ int fusedllm_choose_isa(const char* name) {
 
 int fusedllm_has_isa(const char* name) { return fusedllm::kernels_named(name) != nullptr; }
 
-int fusedllm_interface() { return 9; }
+int fusedllm_interface() { return 10; }
 
 int fusedllm_threads() { return fusedllm::Pool::instance().threads(); }
 
