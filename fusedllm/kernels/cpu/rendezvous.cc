@@ -11,16 +11,14 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace fusedllm {
 namespace {
 
-// How long a side watches for the other before it sleeps: what a small segment or product takes. Waking a thread takes
-// longer than that; an idle process burns nothing.
-constexpr auto kSpin = std::chrono::microseconds(50);
+// How long a side watches for the other before it sleeps. Longer than it takes to wake a thread (50 to 100 microseconds
+// on a virtual machine): with less, both sides go on sleeping while the other one wakes, at each crossing. A side that
+// watches gives its core to whoever has work for it, the other side among them; an idle process burns nothing.
+constexpr auto kSpin = std::chrono::microseconds(200);
 // Of one process.
 constexpr int kPlaces = 64;
 // Bytes that a thread copies; of more than two parts the pool's threads copy some each.
@@ -59,26 +57,17 @@ void copy(void* into, const void* from, int64_t bytes) {
   Pool::instance().run(parts, [&](int64_t part) { one(part * kPart, std::min(kPart, bytes - part * kPart)); });
 }
 
-// On a single core whoever watches keeps the other from coming.
-bool may_spin() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set) > 1;
-#endif
-  return std::thread::hardware_concurrency() > 1;
-}
-
 }  // namespace
 
 template <typename Predicate>
 bool Rendezvous::wait_until(std::unique_lock<std::mutex>& lock, const Predicate& there,
                             const std::chrono::steady_clock::time_point* until) {
-  static const bool spins = may_spin();
-  if (spins && !there()) {
+  if (!there()) {
     lock.unlock();
     const auto enough = std::chrono::steady_clock::now() + kSpin;
     do {
       for (int spin = 0; spin < 32 && !there(); ++spin) relax();
+      if (!there()) std::this_thread::yield();
     } while (!there() && std::chrono::steady_clock::now() < enough);
     lock.lock();
   }
