@@ -25,7 +25,6 @@ TESTS = [
     "test_quantize_kernel.py",
     "test_ring_linear.py",
     "test_ring.py",
-    "test_in_program.py",
 ]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
 
