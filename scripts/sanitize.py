@@ -26,7 +26,6 @@ TESTS = [
     "test_ring_linear.py",
     "test_hadamard.py",
     "test_ring.py",
-    "test_in_program.py",
 ]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g"
 
