@@ -25,9 +25,10 @@ from fusedllm.kernels.packed import PackedScheme
 from fusedllm.llm import LLM
 from fusedllm.model.params import specs
 from fusedllm.qarray import QuantArray
-from fusedllm.weights import load, random
+from fusedllm.weights import arena, load, random
+from fusedllm.weights.arena import aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
-from fusedllm.weights.load import aligned_empty, load_params
+from fusedllm.weights.load import load_params
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.random import random_checkpoint, random_params
 
@@ -159,14 +160,14 @@ def test_grouped_codes_are_packed_for_the_native_kernels(scheme):
 @needs_native
 def test_packed_matrices_lie_beside_each_other(monkeypatch):
     checkpoint = in_codes("int4-g32")
-    for size in (load.ARENA_BYTES, 1000):
-        monkeypatch.setattr(load, "ARENA_BYTES", size)
+    for size in (arena.ARENA_BYTES, 1000):
+        monkeypatch.setattr(arena, "ARENA_BYTES", size)
         params, _ = load_params(checkpoint, keep_quantized=True, pack=True)
         arrays = [getattr(layer, name) for layer in params.layers for name in ("q", "k", "v", "o", "gate", "up")]
         names = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up")
         wanted = [f"model.layers.{i}.{name}_proj.weight" for i in range(2) for name in names]
         spans = sorted((a.values.unsafe_buffer_pointer(), a.values.nbytes) for a in [*arrays, params.embedding])
-        assert all(start % load.ALIGNMENT == 0 for start, _ in spans)
+        assert all(start % arena.ALIGNMENT == 0 for start, _ in spans)
         assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(spans))
         if size > 1000:
             assert spans[-1][0] + spans[-1][1] - spans[0][0] == sum(nbytes for _, nbytes in spans)

@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 
 from fusedllm.calibrate.rewrite import SINGLE, Make, Read, ones, rewritten
 from fusedllm.model.params import ParamSpec, describe
+from fusedllm.weights.arena import aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint
-from fusedllm.weights.load import aligned_empty
 
 
 def fold_norms(checkpoint: Checkpoint, *, dtype: DTypeLike = SINGLE) -> Checkpoint:

@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 
 from fusedllm.config import ModelConfig
 from fusedllm.model.params import ParamSpec, specs
+from fusedllm.weights.arena import aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 from fusedllm.weights.convert import cast
-from fusedllm.weights.load import aligned_empty, check_tensors
+from fusedllm.weights.load import check_tensors
 
 SINGLE = np.dtype(np.float32)
 

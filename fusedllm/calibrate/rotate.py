@@ -14,8 +14,8 @@ from jaxtyping import Float64
 from fusedllm.calibrate.norms import fold_norms
 from fusedllm.calibrate.rewrite import SINGLE, Make, Read, rewritten
 from fusedllm.model.params import describe, specs
+from fusedllm.weights.arena import aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint
-from fusedllm.weights.load import aligned_empty
 
 # What is drawn from a seed is told apart by these, so that no two matrices share their random numbers.
 _RESIDUAL, _VALUES = 0, 1

@@ -15,8 +15,8 @@ from fusedllm.config import ModelConfig
 from fusedllm.errors import ConfigError
 from fusedllm.model.params import ParamSpec, describe, specs
 from fusedllm.quant.blocks import SUPER_BLOCK
+from fusedllm.weights.arena import aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint
-from fusedllm.weights.load import aligned_empty
 
 
 def widen(

@@ -116,12 +116,19 @@ def _check(array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
 
 def _call(name: str, *arguments: np.ndarray | int | None) -> int:
     """Arrays are passed by their address."""
-    passed = [argument.ctypes.data if isinstance(argument, np.ndarray) else argument for argument in arguments]
+    passed = [_address(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
     result = _function(name)(*passed)
     if result == -2:
         raise MemoryError
     assert result >= 0, "sizes that were checked make no sense"
     return result
+
+
+def _address(array: np.ndarray) -> int:
+    # A third of the time of the other, which is most of a call for one token.
+    if array.flags.writeable and array.size:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    return array.ctypes.data
 
 
 @functools.cache

@@ -32,11 +32,11 @@ from jax.typing import DTypeLike
 
 from fusedllm.errors import BoundaryError, PolicyError
 from fusedllm.model.placement import Site
-from fusedllm.partition.link import Outbox, Placed, Product
+from fusedllm.partition.link import Outbox, Placed, Product, Room
 from fusedllm.partition.meeting import CallbackMeeting, Meeting, NativeMeeting
 from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
-from fusedllm.weights.load import aligned_empty
+from fusedllm.weights.arena import aligned_empty
 
 # The ways in which a program can ask.
 VIAS = ("callback", "ffi")
@@ -83,6 +83,7 @@ class InProgram:
         self.product = product
         self._answer_seconds = answer_seconds
         self._outbox = Outbox()
+        self._room = Room(device)
         self._meeting: Meeting = NativeMeeting() if via == "ffi" else CallbackMeeting()
         self._placed: list[Placed] = []
         self._numbers: dict[Site, int] = {}
@@ -99,7 +100,7 @@ class InProgram:
 
     def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:
         """Puts the weights of a site on the device."""
-        placed = Placed(site, jax.device_put(weights, self.device))
+        placed = Placed(site, self._room.put(weights))
         self._numbers[site] = len(self._placed)
         self._placed.append(placed)
         self._programs = {}

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from fusedllm.model.placement import Site
 from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
-from fusedllm.weights.load import aligned_empty
+from fusedllm.weights.arena import Arena, aligned_empty
 
 # The operands of a product on the device, and its results: arrays `[rows, out]`.
 Product = Callable[..., tuple[jax.Array, ...]]
@@ -83,6 +83,20 @@ class Outbox:
         return self._memory[:size].view(dtype).reshape(shape)
 
 
+class Room:
+    """Where the weights lie on a device; on one that the CPU plays, in memory as good as that of a loaded model."""
+
+    def __init__(self, device: jax.Device) -> None:
+        self._device = device
+        self._arena = Arena()
+
+    def put(self, weights: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The weights on the device."""
+        put = self._arena.put if self._device.platform == "cpu" else jax.device_put
+        placed: tuple[Any, ...] = jax.tree.map(lambda leaf: put(leaf, self._device), weights)
+        return placed
+
+
 class Driven:
     """The host launches a compiled product for each exchange.
 
@@ -95,13 +109,14 @@ class Driven:
         self.device = device
         self.product = product
         self._outbox = Outbox()
+        self._room = Room(device)
         # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
         self.launch = jax.jit(product, in_shardings=jax.sharding.SingleDeviceSharding(device))
         self._sites: list[Placed] = []
 
     def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:
         """Puts the weights of a site on the device."""
-        placed = Placed(site, jax.device_put(weights, self.device))
+        placed = Placed(site, self._room.put(weights))
         self._sites.append(placed)
         return placed
 

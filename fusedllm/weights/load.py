@@ -24,16 +24,13 @@ from fusedllm.kernels import packed
 from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import BlockScheme
+from fusedllm.weights.arena import ALIGNMENT, Arena, aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
 
-# What XLA's CPU client asks of host memory that it uses as a device buffer.
-ALIGNMENT = 64
 # NumPy lets go of the interpreter while it casts and copies; two threads reach the memory's limit on small machines.
 THREADS = 2
 # The pages of a file that is packed are let go of each time that so many bytes have been read.
 RELEASE_BYTES = 256 * 2**20
-# Packed matrices lie one after the other in pieces of memory of at least so many bytes.
-ARENA_BYTES = 256 * 2**20
 # Decoded at a time where a quantized matrix becomes float16.
 DECODED_WEIGHTS = 2**21
 
@@ -156,14 +153,6 @@ def wanted_tensors(checkpoint: Checkpoint) -> list[str]:
     return list(wanted)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array that begins on a 64-byte boundary, which `jax.device_put` on the CPU need not copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
-
-
 def _can_be_ignored(name: str, config: ModelConfig) -> bool:
     return bool(_BUFFERS.search(name)) or (config.tie_embeddings and name == _TIED_HEAD)
 
@@ -176,7 +165,7 @@ class _Loader:
     device: jax.Device
     release: Callable[[], object]
     # Where packed matrices lie: small ones too are then in huge pages of memory.
-    arena: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
+    arena: Arena = dataclasses.field(default_factory=Arena)
     unreleased: int = 0
     copies: dict[str, int] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
@@ -202,19 +191,11 @@ class _Loader:
 
     def _packed(self, array: QuantArray, layout: packed.PackedScheme) -> QuantArray:
         shape = layout.packed_shape(array.shape)
-        place = self._take(math.prod(shape)).reshape(shape)
+        place = self.arena.take(math.prod(shape)).reshape(shape)
         packed.pack(array, layout, place)
         values = self._put(place, place.dtype, f"packed from {array.scheme.name}")
         self._count_released(array.nbytes)
         return QuantArray(values, None, None, layout, array.shape)
-
-    def _take(self, size: int) -> np.ndarray:
-        """The next `size` bytes, a multiple of `ALIGNMENT`, of the arena."""
-        with self.lock:
-            if len(self.arena) < size:
-                self.arena = aligned_empty((max(size, ARENA_BYTES),), np.dtype(np.uint8))
-            taken, self.arena = self.arena[:size], self.arena[size:]
-        return taken
 
     def _narrowed(self, blocks: QuantArray, scheme: BlockScheme) -> jax.Array:
         """float16, decoded some rows at a time: a whole matrix of float32 would be the most that loading ever holds."""

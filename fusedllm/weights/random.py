@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from fusedllm.config import ModelConfig
 from fusedllm.errors import CheckpointError
 from fusedllm.model.params import Params, ParamSpec, specs
+from fusedllm.weights.arena import aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
-from fusedllm.weights.load import aligned_empty, load_params
+from fusedllm.weights.load import load_params
 
 _CHUNK = 1 << 20
 # A table of normal quantiles, looked up with 16 random bits, is five times as fast as NumPy's exact sampler, and its

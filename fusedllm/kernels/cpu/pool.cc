@@ -16,9 +16,10 @@
 namespace fusedllm {
 namespace {
 
-// How long a worker watches for the next loop. Longer than what lies between two loops of a decode step, and than the
-// sampling between two steps; short beside what a person calls idle.
-constexpr auto kSpin = std::chrono::microseconds(100);
+// How long a worker watches for the next loop. Longer than what lies between two loops of a decode step, than the
+// sampling between two steps, and than what the host does between two products where it drives each; short beside what a
+// person calls idle.
+constexpr auto kSpin = std::chrono::microseconds(300);
 // A caller that has waited this long for a worker's last item shares its core with somebody else.
 constexpr int kSpinsBeforeYield = 2000;
 
