@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from fusedllm.errors import ConfigError, ImplementationError
 from fusedllm.kernels import e4m3, native
+from fusedllm.kernels.choose import platform
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 KV_DTYPES = {**DTYPES, "int8": jnp.int8, "fp8": e4m3.DTYPE}
 
 
 def compute_dtype(name: str) -> Any:
-    """The dtype that `name` means on this backend.
+    """The dtype that `name` means on this backend, or inside `traced_for` on that platform.
 
     Raises:
       ConfigError: a name that is none of ours.
     """
     try:
-        backend = jax.default_backend()
+        backend = platform()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "no device was found"
         raise ConfigError(f"jax can't start the backend that JAX_PLATFORMS asks for: {reason}.") from error
@@ -53,9 +53,9 @@ def runs_native(implementation: str | None) -> bool:
     """
     if implementation not in (None, "xla", "ffi", "pallas"):
         raise ImplementationError(f"implementation must be xla, ffi or pallas, got {implementation!r}.")
-    if implementation == "pallas" and jax.default_backend() == "cpu":
+    if implementation == "pallas" and platform() == "cpu":
         raise ImplementationError("the implementation 'pallas' can't run: Pallas has no lowering for the CPU.")
-    if jax.default_backend() != "cpu" or implementation == "xla":
+    if platform() != "cpu" or implementation == "xla":
         return False
     if implementation == "ffi" and (problem := native.why_unavailable()):
         raise ImplementationError(f"the implementation 'ffi' can't run: {problem}.")

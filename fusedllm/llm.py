@@ -27,6 +27,7 @@ from fusedllm.engine.engine import Engine
 from fusedllm.engine.results import Completion
 from fusedllm.engine.runner import Runner
 from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
+from fusedllm.kernels.choose import traced_for
 from fusedllm.model.params import Params
 from fusedllm.partition import policies
 from fusedllm.partition.ledger import Ledger
@@ -99,9 +100,10 @@ def load(
     """
     if keep_programs:
         use_compilation_cache()
-    compute = compute_dtype(dtype)
     check_activation_bits(activation_bits)
-    native_kernels = runs_native(implementation)
+    with traced_for(policies.find(policy).platform):
+        compute = compute_dtype(dtype)
+        native_kernels = runs_native(implementation)
     if threads is not None:
         set_threads(threads, native_kernels)
     as_filed = dtype == "auto" and native_kernels

@@ -14,7 +14,7 @@ from test_engine import ids
 
 from fusedllm.cli.options import POLICIES as CLI_POLICIES
 from fusedllm.errors import PolicyError
-from fusedllm.llm import LLM
+from fusedllm.llm import LLM, load
 from fusedllm.partition.hosted import PRODUCTS
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Placed
@@ -95,6 +95,22 @@ def test_a_policy_says_what_it_does_not_claim(split, tiny_llm):
 def test_trusted_answers_as_plain_does(tiny_llm):
     found = under("trusted").generate([ids(9)], max_tokens=8, ignore_eos=True)
     assert found[0].token_ids == tiny_llm.generate([ids(9)], max_tokens=8, ignore_eos=True)[0].token_ids
+
+
+def test_beside_an_accelerator_the_trusted_side_chooses_what_its_cpu_has(monkeypatch, w8a8):
+    """Without an accelerator the default backend's name is all of it that there is."""
+    prompt = list(range(3, 20))
+
+    def answers(policy):
+        llm = load(w8a8, policy=policy, engine=TINY_ENGINE)
+        tokens = llm.generate([prompt], max_tokens=5, ignore_eos=True)[0].token_ids
+        llm.close()
+        return tokens
+
+    names = [name for name in POLICIES if name != "plain"]
+    expected = [answers(name) for name in names]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [answers(name) for name in names] == expected
 
 
 def test_an_unknown_policy_is_refused_by_name():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
@@ -19,14 +21,34 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "tpu": ("xla",),
 }
 
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """Jax's name for what is being traced for: that of `traced_for`, or else the default backend."""
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(name: str | None) -> Iterator[None]:
+    """Inside, operations choose implementations for the platform `name`, or for the default backend's with `None`.
+
+    For programs that run on another device than the default one: a policy has a trusted CPU beside an accelerator.
+    """
+    before = _platform.set(name)
+    try:
+        yield
+    finally:
+        _platform.reset(before)
+
 
 def choose(operation: str, implementations: Mapping[str, Function], implementation: str | None) -> Function:
-    """The function to run for `implementation`, or for the default backend where it is `None`.
+    """The function to run for `implementation`, or the best one for `platform()` where it is `None`.
 
     Raises:
       ImplementationError: the operation has no implementation of that name, or it can't run here.
     """
-    backend = jax.default_backend()
+    backend = platform()
     if implementation is None:
         preferred = PREFERENCE.get(backend, ("xla",))
         implementation = next(name for name in preferred if name in implementations and _runs(name, backend))

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels import native_grouping
-from fusedllm.kernels.choose import choose
+from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import grouped_scheme
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.pallas_support import interprets, why_not_codes
@@ -35,7 +35,7 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
             raise ImplementationError(
                 f"dequantize: the implementation 'pallas' can't read {array.scheme.name}: {problem}."
             )
-        if jax.default_backend() == "gpu":
+        if platform() == "gpu":
             implementation = implementation or "xla"
     implementations: dict[str, Callable[..., jax.Array]] = {
         "xla": _dequantize_xla,

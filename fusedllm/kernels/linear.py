@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fusedllm.errors import ImplementationError
-from fusedllm.kernels.choose import choose
+from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
@@ -103,7 +103,7 @@ def _product_xla(x: jax.Array, weight: jax.Array | QuantArray, out_dtype: DTypeL
     rows = x.reshape(-1, x.shape[-1])
     # The default lets a GPU round float32 operands to TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if rows.shape[0] <= FEW_ROWS and jax.default_backend() == "cpu":
+    if rows.shape[0] <= FEW_ROWS and platform() == "cpu":
         product = jnp.dot(matrix, rows.T, precision=precision, preferred_element_type=jnp.float32).T
     else:
         product = jnp.dot(rows, matrix.T, precision=precision, preferred_element_type=jnp.float32)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int8
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels import native_grouping
-from fusedllm.kernels.choose import choose
+from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme, pack
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.pallas_support import interprets, why_not_codes
@@ -55,7 +55,7 @@ def quantize(
     if problem := why_not_codes(scheme):
         if implementation == "pallas":
             raise ImplementationError(f"quantize: the implementation 'pallas' can't write {scheme.name}: {problem}.")
-        if jax.default_backend() == "gpu":
+        if platform() == "gpu":
             implementation = implementation or "xla"
     implementations: dict[str, Callable[..., QuantArray]] = {
         "xla": _quantize_xla,

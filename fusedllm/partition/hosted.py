@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from fusedllm.kernels.choose import traced_for
 from fusedllm.model.params import LayerParams, Params, Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
@@ -68,6 +69,11 @@ class Boundary(Protocol):
     def close(self) -> None:
         """Ends the session: nothing crosses any more."""
         ...
+
+
+def _traced(platform: str, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
+    with traced_for(platform):
+        return function(*operands, **static)
 
 
 class Hosted:
@@ -173,7 +179,7 @@ class Hosted:
         if segment is None:
             names = inspect.signature(function).parameters
             segment = self._segments[key] = jax.jit(
-                functools.partial(function, **static),
+                functools.partial(_traced, self.trusted.platform, function, **static),
                 in_shardings=self._here,
                 donate_argnums=tuple(place for place, name in enumerate(names) if name in GIVEN_UP),
             )

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 
 from fusedllm.errors import BoundaryError, PolicyError
 from fusedllm.model.placement import Site
-from fusedllm.partition.link import Outbox, Placed, Product, Room
+from fusedllm.partition.link import Outbox, Placed, Product, Room, for_device
 from fusedllm.partition.meeting import CallbackMeeting, Meeting, NativeMeeting
 from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
@@ -80,7 +80,7 @@ class InProgram:
                 "crossing 'driven' or 'callback'."
             )
         self.device = device
-        self.product = product
+        self.product = for_device(device, product)
         self._answer_seconds = answer_seconds
         self._outbox = Outbox()
         self._room = Room(device)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from fusedllm.kernels.choose import traced_for
 from fusedllm.model.placement import Site
 from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
@@ -83,6 +84,16 @@ class Outbox:
         return self._memory[:size].view(dtype).reshape(shape)
 
 
+def for_device(device: jax.Device, product: Product) -> Product:
+    """`product` with the implementations that its device has, whatever the default backend is."""
+
+    def traced(*operands: Any) -> tuple[jax.Array, ...]:
+        with traced_for(device.platform):
+            return product(*operands)
+
+    return traced
+
+
 class Room:
     """Where the weights lie on a device; on one that the CPU plays, in memory as good as that of a loaded model."""
 
@@ -107,11 +118,11 @@ class Driven:
 
     def __init__(self, device: jax.Device, product: Product) -> None:
         self.device = device
-        self.product = product
+        self.product = for_device(device, product)
         self._outbox = Outbox()
         self._room = Room(device)
         # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
-        self.launch = jax.jit(product, in_shardings=jax.sharding.SingleDeviceSharding(device))
+        self.launch = jax.jit(self.product, in_shardings=jax.sharding.SingleDeviceSharding(device))
         self._sites: list[Placed] = []
 
     def place(self, site: Site, weights: tuple[Any, ...]) -> Placed:

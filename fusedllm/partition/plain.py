@@ -5,12 +5,14 @@ No confidentiality claim: whoever runs the accelerator sees weights, prompt and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 
+from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.linear import linear
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
@@ -26,14 +28,24 @@ class Plain:
     Attributes:
       implementation: passed to the kernels; `None` lets them choose.
       activation_bits: 16 or 8, to which native products with packed weights round activations.
+      platform: where the parameters are, if that is not the default backend.
     """
 
     implementation: str | None = None
     activation_bits: int = 16
+    platform: str | None = None
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """One XLA program."""
-        return jax.jit(function, **options)
+        if self.platform is None:
+            return jax.jit(function, **options)
+
+        @functools.wraps(function)
+        def traced(*operands: Any, **named: Any) -> Any:
+            with traced_for(str(self.platform)):
+                return function(*operands, **named)
+
+        return jax.jit(traced, **options)
 
     def loop(self, goes_on: Callable[[Carry], Any], step: Callable[[Carry], Carry], carry: Carry) -> Carry:
         """Part of the program."""

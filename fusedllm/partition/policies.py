@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -47,6 +47,11 @@ class Policy:
     leaks: frozenset[Label] = frozenset()
     crosses: bool = False
     integers: bool = False
+
+    @property
+    def platform(self) -> str | None:
+        """On which everything but the products runs: the CPU, or `None` for the default backend."""
+        return None if self.name == "plain" else "cpu"
 
 
 # What every policy leaks to whoever runs the accelerator, however well it hides the rest.
@@ -151,7 +156,8 @@ def apply(
     plain = Plain(implementation, activation_bits)
     if not policy.crosses:
         if name == "trusted":
-            params = jax.device_put(params, jax.devices("cpu")[0])
+            here = trusted_cpu()
+            return Applied(policy, replace(plain, platform=here.platform), jax.device_put(params, here), Ledger())
         return Applied(policy, plain, params, Ledger())
     trusted, device = devices(name)
 
@@ -202,13 +208,28 @@ def pad_words(reports: Iterable[PadReport]) -> str:
     )
 
 
+def trusted_cpu() -> jax.Device:
+    """The CPU of this process.
+
+    Raises:
+      PolicyError: jax was told to leave it out.
+    """
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError as error:
+        raise PolicyError(
+            "the trusted side runs on jax's CPU backend, which JAX_PLATFORMS leaves out; add cpu to it, behind the "
+            "accelerator, as in JAX_PLATFORMS=cuda,cpu."
+        ) from error
+
+
 def devices(name: str) -> tuple[jax.Device, jax.Device]:
     """The trusted CPU, and the untrusted device: an accelerator, or a second device of this machine that plays one.
 
     Raises:
       PolicyError: there is neither.
     """
-    trusted = jax.devices("cpu")[0]
+    trusted = trusted_cpu()
     untrusted = next((device for device in jax.devices() if device.platform != "cpu"), None)
     if untrusted is None:
         untrusted = next(iter(jax.devices("cpu")[1:]), None)
