@@ -16,8 +16,8 @@ The head sees the last token alone, as in the engine, and keys and values are se
 the predecessor was less kind to itself. Beside it the engine's prefill under its policies, each in one process. All use
 random weights, the same ones, and the same kernels, and their logits are compared; `masked` and `verify` have them in
 w8a8, which their products need. A figure is the median over the repetitions, in which all rungs take turns at being
-first; "overhead" is what a rung takes longer than its own products where nothing has to travel, which are timed right
-before and right after it.
+first; "overhead" is what a rung takes longer than its own arithmetic (products, attention, norms, activations) where
+nothing has to travel, which is timed right before and right after it.
 
 Rungs a to e and the policies `plain`, `split` and `verify` show the device all activations: no confidentiality claim.
 Of the policies with pads the latency is that of a prompt whose pads were there; what they took stands beside it.

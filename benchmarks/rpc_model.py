@@ -22,6 +22,8 @@ from fusedllm.backend import compute_dtype, default_activation_bits, runs_native
 from fusedllm.config import ModelConfig
 from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.embed import embed
+from fusedllm.kernels.rms_norm import rms_norm
+from fusedllm.kernels.swiglu import swiglu
 from fusedllm.model.cache import empty_cache
 from fusedllm.model.params import LayerParams
 from fusedllm.model.placement import Site
@@ -66,6 +68,9 @@ class Products:
         # The pages are rewritten with each prompt.
         self._layer = jax.jit(self._traced_layer, static_argnames=("window", "wire"), donate_argnames=("pages",))
         self._attend = jax.jit(self._traced_attention, static_argnames=("window",), donate_argnames=("pages",))
+        eps = config.rms_norm_eps
+        self._norm = jax.jit(lambda x, delta, weight: rms_norm(x, weight, eps, delta=delta))
+        self._activate = jax.jit(swiglu)
         self._plug = jax.jit(lambda x: jax.lax.fori_loop(0, PLUG_PRODUCTS, lambda _, y: jnp.dot(y, x), x))
         self._pages: list[tuple[jax.Array, ...]] = []
         self._operands: dict[str, Any] = {}
@@ -92,7 +97,8 @@ class Products:
         return list(self._linear(*arrays, *(getattr(weights, part) for part in name.split("_")), wire=wire))
 
     def arithmetic(self, kind: str, seq: int) -> float:
-        """Seconds of a forward's products, one after the other on operands that are there.
+        """Seconds of a forward's products, and of its norms and activations, one after the other on operands that are
+        there.
 
         `calls` are those of the six calls a layer. `layers` has cached attention instead of its two full products, as
         the fused layer does; `last` lets only the last token leave the last layer's attention, as the engine does.
@@ -143,6 +149,7 @@ class Products:
             yield functools.partial(self._run_attention, layer, q, k, v)
             for name in ("o", "gate_up", "down"):
                 yield functools.partial(ring, Site(name, layer), rows)
+            yield from self._elementwise(layer, seq, rows)
         yield functools.partial(ring, Site("head"), 1)
 
     def _runs(self, kind: str, seq: int) -> Iterator[Callable[[], Any]]:
@@ -161,7 +168,16 @@ class Products:
                 yield functools.partial(self._run_attention, layer, q, k, v)
             for name, x in (("o", mixed), ("gate_up", hidden), ("down", active)):
                 yield functools.partial(self.call, name, layer, [x[-1:] if one else x], wire)
+            yield from self._elementwise(layer, seq, 1 if one else seq)
         yield functools.partial(self.call, "head", None, [hidden[-1:]], wire)
+
+    def _elementwise(self, layer: int, seq: int, rows: int) -> Iterator[Callable[[], Any]]:
+        """A layer's two norms with the sums of the residual stream before them, and its activation."""
+        operands, weights = self._random_operands(seq), self._params.layers[layer]
+        hidden, active = operands["hidden"], operands["active"]
+        yield functools.partial(self._norm, hidden, hidden, weights.attention_norm)
+        yield functools.partial(self._norm, hidden[:rows], hidden[:rows], weights.mlp_norm)
+        yield functools.partial(self._activate, active[:rows], active[:rows])
 
     def _random_operands(self, seq: int) -> dict[str, jax.Array]:
         """Normal numbers and not zeros: a GPU multiplies zeros faster, since they take less power."""

@@ -15,7 +15,7 @@ from rpc_report import NO_CLAIM, claims_nothing, layers, title
 INK = "#7a7a7a"
 BAR = "#3b82c4"
 DROP = "#8fb3d1"
-# Of what a rung's products take alone: seen on its bar, and beside it.
+# Of what a rung's arithmetic takes alone: seen on its bar, and beside it.
 MARK = "#e8912d"
 
 # What a phase is, in the order of the ladder's improvements: encoding reds, transport ambers, copies, arithmetic.
@@ -90,9 +90,9 @@ def _waterfall(axes: Any, rows: list[dict[str, Any]]) -> None:
         faster = f"   {significant(ratio.median)}x" if ratio and index else ""
         offline = f"   (pads: {_time(1e3 * row['offline'].median)} before)" if "offline" in row else ""
         axes.text(end * 1.12, index, f"{_time(latency)}{faster}{offline}", va="center")
-        # A program may take less than its products one by one.
+        # A program may take less than its parts one by one.
         alone = 1e3 * row["arithmetic"].median
-        label = None if index else "a rung's products alone"
+        label = None if index else "a rung's arithmetic alone"
         axes.plot([alone, alone], [index - 0.31, index + 0.31], color=MARK, linewidth=1.6, label=label)
         if index + 1 < len(rows):
             axes.plot([latency, latency], [index + 0.31, index + 0.69], color=INK, linewidth=0.8)
