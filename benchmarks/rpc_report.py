@@ -97,13 +97,13 @@ def _breakdown(result: dict[str, Any]) -> str:
 def _explanation() -> str:
     return (
         "Medians over the repetitions ± half the distance between the quartiles. `offline`: what the pads of the prompt"
-        " took, before it came.\n`arithmetic` are the rung's own products, attention, norms and activations alone, by the"
-        " same kernels on the same shapes, where\nnothing travels: the mean of one run right before the rung and one"
-        " right after. `overhead` is the latency without them; below zero\nit is lost in how much they vary, or one"
-        " program beat the parts one by one. `send` lasts until the server has all of a request,\n`receive` until the"
-        " client has all of a reply; `copy` is between the server's memory and its device; `trusted` is the trusted\nside's"
-        " own work; `crossings` are a policy's, with their products. `logits apart`: the distance to the first rung's,"
-        " over their length."
+        " took, before it came.\n`arithmetic` are the rung's own products, attention, norms and activations alone, by"
+        " the same kernels on the same shapes,\nwhere nothing travels: the mean of one run right before the rung and"
+        " one right after. `overhead` is the latency without them;\nbelow zero it is lost in how much they vary, or one"
+        " program beat the parts one by one. `send` lasts until the server has all\nof a request, `receive` until the"
+        " client has all of a reply; `copy` is between the server's memory and its device; `trusted`\nis the trusted"
+        " side's own work; `crossings` are a policy's, with their products. `logits apart`: the distance to the first\n"
+        "rung's, over their length."
     )
 
 

@@ -5,8 +5,9 @@
 
 The model is the first two layers of SmolLM2-135M in w8a8. Each combination is a process of its own that is bound to its
 cores before jax starts; it serves over HTTP, one client asks for answers one after another, so that a token is a step,
-and another asks for `/metrics` all the time. One that makes no token for `STUCK_SECONDS` is killed with the stacks of
-its threads on standard error, and the exit code is 1.
+and another asks for `/metrics` all the time. One that gets no whole answer for `STUCK_SECONDS`, or takes as long to
+start or to end, is killed with the stacks of its threads on standard error, and the exit code is 1. The forms of the
+crossing in which a program waits are run with `--crossings driven callback ffi`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ import time
 from pathlib import Path
 
 STUCK_SECONDS = 60.0
+# To load, to compile and to warm up.
+START_SECONDS = 300.0
+# For a process that hangs where its own watch does not reach, as at its exit.
+MOST_SECONDS = 3600.0
 LAYERS = 2
 TOKENS = 200
 FLAGS = "--xla_force_host_platform_device_count=2"
@@ -30,6 +35,7 @@ FLAGS = "--xla_force_host_platform_device_count=2"
 
 def one(checkpoint: Path, policy: str, crossing: str, cores: int, steps: int) -> None:
     """Makes the steps in this process, and prints what they took as JSON."""
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True)
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     import dataclasses
@@ -71,7 +77,7 @@ def one(checkpoint: Path, policy: str, crossing: str, cores: int, steps: int) ->
                 answer = client.post("/v1/completions", json=body)
                 answer.raise_for_status()
                 made += answer.json()["usage"]["completion_tokens"]
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True)
         seconds = time.perf_counter() - began
         done.set()
         other.join()
@@ -110,7 +116,12 @@ def main() -> None:
                     print(f"{policy} {crossing} on {cores} cores ...", file=sys.stderr, flush=True)
                     command = [sys.executable, __file__, "--steps", str(options.steps)]
                     command += ["--one", str(checkpoint), policy, crossing, str(cores)]
-                    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+                    try:
+                        ended = subprocess.run(
+                            command, stdout=subprocess.PIPE, text=True, check=False, timeout=MOST_SECONDS
+                        )
+                    except subprocess.TimeoutExpired:
+                        ended = subprocess.CompletedProcess(command, 1, "")
                     found = json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {}
                     combination = {"policy": policy, "crossing": crossing, "cores": cores}
                     rows.append({**combination, "rc": ended.returncode, **found})

@@ -78,7 +78,7 @@ class PadExhaustedError(BoundaryError):
 
 
 class IntegrityError(BoundaryError):
-    """A product that came back from the device is not the one that was asked for; the session is over."""
+    """A product that came back from the device is not the one that was asked for; what it was part of ends."""
 
 
 class AttestationUnavailable(FusedLLMError):  # noqa: N818

@@ -225,8 +225,7 @@ class LLM:
 
     def policy_words(self) -> str:
         """What the policy lets the accelerator see, and what it claims."""
-        policy = self._applied.policy
-        return f"policy {policy.name}: the accelerator sees {policy.seen}; {policy.claim}."
+        return self._applied.words()
 
     def boundary_report(self) -> str:
         """What has crossed the boundary so far, by site, under the policy's own words."""

@@ -166,7 +166,7 @@ def test_a_failure_names_site_and_step_and_ends_the_session_until_secrets_rotate
     with pytest.raises(IntegrityError) as caught:
         verifier.check(QKV, 17, codes, sums + 1)
     assert str(caught.value) == (
-        "the product of qkv of layer 3 in step 17 is not the one that was asked for: the session is over."
+        "the product of qkv of layer 3 in step 17 is not the one that was asked for: what it was part of ends here."
     )
     assert not before.outputs.any()
     assert not before.inputs.any()

@@ -17,8 +17,8 @@ from fusedllm.weights.random import random_params
 POLICIES = ("verify", "masked", "masked+verify")
 
 
-def under(w8a8, policy) -> LLM:
-    return load(w8a8, policy=policy, engine=TINY_ENGINE)
+def under(w8a8, policy, **shapes) -> LLM:
+    return load(w8a8, policy=policy, engine=dataclasses.replace(TINY_ENGINE, **shapes))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from fusedllm.partition import ring
 from fusedllm.partition.pad_ledger import PadLedger
 from fusedllm.partition.pad_pool import PadPool
 from fusedllm.partition.pad_supply import PoolLimits
+from fusedllm.partition.policies import POLICIES
 
 
 @pytest.fixture
@@ -131,7 +132,12 @@ def test_two_sessions_at_once_have_nothing_in_common(llm, w8a8, monkeypatch):
     assert len(set(rows_of_pads)) == len(rows_of_pads) > 500
 
 
-def test_a_closed_session_answers_nothing(llm):
-    boundary_of(llm).close()
-    with pytest.raises(BoundaryError, match="this session is closed, and its pads are overwritten"):
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.crosses])
+def test_a_closed_session_answers_nothing(w8a8, policy):
+    llm = under(w8a8, policy)
+    answers(llm)
+    llm.close()
+    with pytest.raises(BoundaryError, match="this session is closed, and nothing crosses any more"):
         answers(llm)
+    llm.close()
+    assert llm.boundary_report()

@@ -113,6 +113,27 @@ def test_beside_an_accelerator_the_trusted_side_chooses_what_its_cpu_has(monkeyp
     assert [answers(name) for name in names] == expected
 
 
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.platform])
+def test_nothing_of_the_trusted_side_goes_to_the_default_device(w8a8, name):
+    """As where the default backend is an accelerator: the second device of the CPU is the default one here."""
+    trusted, device = jax.devices("cpu")
+    with jax.default_device(device):
+        llm = load(w8a8, policy=name, engine=TINY_ENGINE)
+        prompts = [list(range(3, 20)), [5, 9]]
+        made = llm.generate(
+            prompts, max_tokens=6, ignore_eos=True, temperature=0.7, seed=1, repetition_penalty=1.3,
+            presence_penalty=0.2, logprobs=2, logit_bias={7: -3.0},
+        )  # fmt: skip
+        assert [len(answer.token_ids) for answer in made] == [6, 6]
+        assert np.isfinite(llm.logits(prompts[0])).all()
+        runner = llm.engine.runner
+        kept = (runner._cache, runner._seats, runner._no_token, runner._no_count, runner._all_allowed)
+        params = dataclasses.replace(runner._params, head=None) if llm.policy.crosses else runner._params
+        weights = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and leaf.ndim < 2]
+        assert {place for array in [*jax.tree.leaves(kept), *weights] for place in array.devices()} == {trusted}
+        llm.close()
+
+
 def test_an_unknown_policy_is_refused_by_name():
     with pytest.raises(PolicyError, match="no policy 'secret'; known are plain, split, masked, verify"):
         find("secret")
@@ -134,11 +155,18 @@ def test_without_a_second_device_it_is_said_how_to_get_one():
     assert "set XLA_FLAGS=--xla_force_host_platform_device_count=2" in found.stdout
 
 
-def test_a_crossing_that_fails_is_not_counted():
+def test_a_crossing_that_fails_counts_as_its_bytes_may_have_left():
     ledger = Ledger()
-    with pytest.raises(ValueError, match="broken"), ledger.crossing("o"):
-        raise ValueError("broken")
-    assert ledger.total().count == 0
+
+    def fails():
+        with ledger.crossing("down") as crossing:
+            crossing.bytes_to_device = 7
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fails()
+    assert ledger.total().count == 1
+    assert ledger.total().bytes_to_device == 7
     with ledger.crossing("o") as crossing:
         crossing.bytes_to_device, crossing.bytes_to_host = 3_000_000, 1_000_000
     assert "o                     1         3.000       1.000" in ledger.table()

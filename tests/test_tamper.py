@@ -126,6 +126,8 @@ def test_of_a_hundred_thousand_wrong_products_of_a_model_none_passes_and_all_hon
         codes, sums = (np.stack(parts) for parts in zip(*seen[site], strict=True))
         assert passes(boundary.verifier, site, codes, sums).all()
         for way in WAYS:
+            # Of the same answers, but with other secrets.
+            boundary.verifier.rotate()
             which = rng.integers(len(codes), size=TRIALS)
             asked, wrong = codes[which], sums[which].copy()
             for trial, answer in enumerate(wrong):

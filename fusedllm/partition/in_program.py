@@ -35,7 +35,7 @@ from fusedllm.model.placement import Site
 from fusedllm.partition.link import Outbox, Placed, Product, Room, for_device
 from fusedllm.partition.meeting import CallbackMeeting, Meeting, NativeMeeting
 from fusedllm.partition.pads import site_name
-from fusedllm.partition.views import DeviceProgram, Label
+from fusedllm.partition.views import Asked, DeviceProgram, Label
 from fusedllm.weights.arena import aligned_empty
 
 # The ways in which a program can ask.
@@ -94,6 +94,8 @@ class InProgram:
         self._left: tuple[int, ...] = ()
         self._rows: tuple[int, np.dtype[Any]] = (0, np.dtype(np.int32))
         self._running: Future[Any] | None = None
+        # Arrays that the program may reach, whatever becomes of the exchange.
+        self._held: tuple[np.ndarray, ...] = ()
         self._failed = False
         self._start_thread()
         _links.add(self)
@@ -132,12 +134,13 @@ class InProgram:
                 f"{expected}."
             )
         into = tuple(aligned_empty(made.shape, made.dtype) for made in self._shapes(number, rows))
+        self._held = (sent, *into)
         try:
             self._wait(number, sent, into)
         except BaseException:
             self._end()
             raise
-        self._left = self._left[1:]
+        self._left, self._held = self._left[1:], ()
         return into
 
     def abandon(self) -> None:
@@ -192,8 +195,9 @@ class InProgram:
                 jax.block_until_ready(program(weights))
 
         self._meeting.begin()
-        self._running = self._run(launch)
+        # Before the program can wait for it: what is interrupted here is ended as any pass is.
         self._left, self._rows = numbers, rows
+        self._running = self._run(launch)
 
     def programs(self, rows: int, dtype: DTypeLike, label: Label) -> list[DeviceProgram]:
         """See `Link`: three programs, which take weights as operands and ask for the rest."""
@@ -204,7 +208,8 @@ class InProgram:
                 ([self._placed[number].weights for number in numbers],),
                 (Label.WEIGHTS,),
                 self.device,
-                asked=((self._meeting.call, label),),
+                # Once for each product, and once to hand over the last.
+                asked=(Asked(self._meeting.call, label, len(numbers) + 1),),
             )
             for first, numbers in self._cut().items()
         ]
@@ -272,8 +277,9 @@ class InProgram:
         """Ends a pass in its midst; nothing where it had come to its end."""
         if self._left:
             self._failed = True
-            self._left = ()
+            # First, so that one that is interrupted is made up for; from then on no program reaches these arrays.
             self._meeting.end()
+            self._left, self._held = (), ()
 
     def _finish(self, seconds: float) -> None:
         """Waits for the program that has ended, or was told to."""

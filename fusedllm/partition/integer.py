@@ -23,7 +23,7 @@ from fusedllm.model.placement import Site
 from fusedllm.partition import ring
 from fusedllm.partition.integrity import Verifier
 from fusedllm.partition.ledger import Ledger
-from fusedllm.partition.link import Link, Placed, Product
+from fusedllm.partition.link import CLOSED, Link, Placed, Product
 from fusedllm.partition.pad_pool import PadPool
 from fusedllm.partition.pad_supply import PadReport, PoolLimits
 from fusedllm.partition.pads import site_name
@@ -86,6 +86,7 @@ class IntegerBoundary:
         self._limits = limits
         self._weights: dict[Hashable, np.ndarray] = {}
         self._step = 0
+        self._closed = False
 
     def place(self, site: Site, weights: tuple[Weight, ...]) -> Group:
         """Puts the codes on the device; the scales stay here.
@@ -135,27 +136,34 @@ class IntegerBoundary:
         self.link.abandon()
 
     def close(self) -> None:
-        """Overwrites the pads that wait, and ends the link; nothing can be masked any more."""
-        self.link.close()
-        if self.pool is not None:
-            self.pool.close()
+        """Overwrites the pads that wait and the verifier's secrets, and ends the link; nothing crosses any more."""
+        self._closed = True
+        try:
+            if self.pool is not None:
+                self.pool.close()
+            if self.verifier is not None:
+                self.verifier.close()
+        finally:
+            self.link.close()
 
     def cross(self, group: Group, x: jax.Array) -> tuple[np.ndarray, ...]:
         """Sends codes, hidden where the policy says so, and takes sums, checked where it says so.
 
         Raises:
-          IntegrityError: a product is not the one that was asked for; new secrets are drawn, nothing is sent again.
+          IntegrityError: a product is not the one that was asked for. Nothing is sent again; the next pass has new
+            secrets.
+          BoundaryError: the session is closed.
           PadExhaustedError, PadReuseError: see `PadPool.take`.
         """
-        site = group.site
+        if self._closed:
+            raise BoundaryError(CLOSED)
+        if self.verifier is not None and self.verifier.spent:
+            self.verifier.rotate()
         rows = np.asarray(x).reshape(-1, x.shape[-1])
-        if site.layer == 0 and site.name == "qkv":
+        if group.site.layer == 0 and group.site.name == "qkv":
             self._step += 1
-        with self.ledger.crossing(site.name) as crossing:
-            decoded, codes = self._masked_sums(group, rows) if self._masked else self._sums(group, rows)
-            crossing.bytes_to_device = 4 * rows.size
-            crossing.bytes_to_host = decoded.sums.nbytes
-            self._check(group, codes, decoded)
+        decoded, codes = self._masked_sums(group, rows) if self._masked else self._sums(group, rows)
+        self._check(group, codes, decoded)
         ends = (0, *group.ends, decoded.out.shape[1])
         return tuple(
             np.ascontiguousarray(decoded.out[:, begin:end], x.dtype).reshape(*x.shape[:-1], -1)
@@ -168,15 +176,22 @@ class IntegerBoundary:
         with self.pool.take(group.site, len(rows)) as pads:
             out = self.link.outgoing(rows.shape, np.int32)
             encoded = ring.encode(rows, pads.outgoing(), sent=out, turned=group.turned)
-            (received,) = self.link.exchange(group.placed, encoded.sent)
+            received = self._exchange(group, encoded.sent)
             decoded = ring.decode(received, pads.incoming(), encoded.scales, group.scales, group.bound)
         return decoded, encoded.codes
 
     def _sums(self, group: Group, rows: np.ndarray) -> tuple[ring.Decoded, np.ndarray]:
         out = self.link.outgoing(rows.shape, np.int32)
         encoded = ring.encode(rows, sent=out, turned=group.turned)
-        (received,) = self.link.exchange(group.placed, encoded.sent)
+        received = self._exchange(group, encoded.sent)
         return ring.decode(received, None, encoded.scales, group.scales, group.bound), encoded.codes
+
+    def _exchange(self, group: Group, sent: np.ndarray) -> np.ndarray:
+        with self.ledger.crossing(group.site.name) as crossing:
+            crossing.bytes_to_device = sent.nbytes
+            (received,) = self.link.exchange(group.placed, sent)
+            crossing.bytes_to_host = received.nbytes
+        return received
 
     def _check(self, group: Group, codes: np.ndarray, decoded: ring.Decoded) -> None:
         if self.verifier is None:
@@ -185,8 +200,4 @@ class IntegerBoundary:
                     f"a sum of {site_name(group.site)} is larger than it can be: the device did not compute it."
                 )
             return
-        try:
-            self.verifier.check(group.site, self._step, codes, decoded.sums, in_range=decoded.in_range)
-        except IntegrityError:
-            self.verifier.rotate()
-            raise
+        self.verifier.check(group.site, self._step, codes, decoded.sums, in_range=decoded.in_range)

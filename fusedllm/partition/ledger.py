@@ -14,7 +14,7 @@ class Crossings:
     """What crossed at one site since the start, or in one block of `Ledger.during`.
 
     A crossing is one send with what comes back for it. `seconds` are from the send until the answer is there, the
-    device's arithmetic included.
+    device's arithmetic included, and what the trusted side does before and after not.
     """
 
     count: int = 0
@@ -47,13 +47,15 @@ class Ledger:
 
     @contextmanager
     def crossing(self, site: str) -> Iterator[Crossing]:
-        """Inside, something crosses at `site`; one that fails is not counted."""
+        """Inside, something crosses at `site`; it counts even if it fails, as its bytes may have left."""
         made = Crossing()
         began = time.perf_counter()
-        yield made
-        one = Crossings(1, made.bytes_to_device, made.bytes_to_host, time.perf_counter() - began)
-        with self._lock:
-            self.sites.setdefault(site, Crossings()).add(one)
+        try:
+            yield made
+        finally:
+            one = Crossings(1, made.bytes_to_device, made.bytes_to_host, time.perf_counter() - began)
+            with self._lock:
+                self.sites.setdefault(site, Crossings()).add(one)
 
     def by_site(self) -> dict[str, Crossings]:
         """A copy of what crossed at each site."""

@@ -21,6 +21,8 @@ from fusedllm.partition.pads import site_name
 from fusedllm.partition.views import DeviceProgram, Label
 from fusedllm.weights.arena import Arena, aligned_empty
 
+CLOSED = "this session is closed, and nothing crosses any more; load the model again."
+
 # The operands of a product on the device, and its results: arrays `[rows, out]`.
 Product = Callable[..., tuple[jax.Array, ...]]
 

@@ -54,8 +54,10 @@ class Policy:
         return None if self.name == "plain" else "cpu"
 
 
-# What every policy leaks to whoever runs the accelerator, however well it hides the rest.
-LEAKS = "lengths, timing and the number of tokens leak"
+# What every policy leaks to whoever runs the accelerator, however well it hides the rest. How many rows cross tells how
+# much of a prompt is in the prefix cache.
+LEAKS = "lengths, timing, the number of tokens and which prompts begin alike leak"
+_HIDDEN = "prompt, activations and output are secret as far as the pads' cipher is"
 
 _REST = "everything but the products with weights: embedding, attention, KV cache, scales, sampling"
 
@@ -78,7 +80,7 @@ POLICIES = {
             "masked",
             _REST,
             "weights, and integers that are uniform over the ring modulo 2^32",
-            f"prompt, activations and output are secret as far as the pads' cipher is; {LEAKS}",
+            f"{_HIDDEN}, from an accelerator that computes what it is asked for; {LEAKS}",
             crosses=True,
             integers=True,
         ),
@@ -95,8 +97,7 @@ POLICIES = {
             "masked+verify",
             f"{_REST}; and it checks each product",
             "weights, and integers that are uniform over the ring modulo 2^32",
-            f"prompt, activations and output are secret as far as the pads' cipher is; {LEAKS}; a wrong product passes "
-            "with a probability below 2^-61",
+            f"{_HIDDEN}; {LEAKS}; a wrong product passes with a probability below 2^-61",
             crosses=True,
             integers=True,
         ),
@@ -111,7 +112,7 @@ POLICIES = {
 class Applied:
     """A policy over one model: the placement, the parameters where it wants them, and what it counts.
 
-    `boundary` and `crossing`, the form in which it crosses, are `None` where nothing does.
+    `boundary`, `crossing`, the form in which it crosses, and `device`, to which, are `None` where nothing does.
     """
 
     policy: Policy
@@ -120,6 +121,16 @@ class Applied:
     ledger: Ledger
     boundary: Boundary | None = None
     crossing: str | None = None
+    device: jax.Device | None = None
+
+    def words(self) -> str:
+        """What the policy lets the accelerator see, what it claims, and which device is taken for one."""
+        said = f"policy {self.policy.name}: the accelerator sees {self.policy.seen}; {self.policy.claim}."
+        if self.device is None:
+            return said
+        if self.device.platform == "cpu":
+            return f"{said} A second device of this CPU plays it: from who owns this machine nothing is hidden."
+        return f"{said} It is {self.device}."
 
     def report(self) -> str:
         """What has crossed so far, by site, and what was computed beforehand."""
@@ -174,7 +185,9 @@ def apply(
             link(integer_product(implementation=implementation)), masked="masked" in name, verified="verify" in name
         )
     placement = Hosted(boundary, trusted)
-    return Applied(policy, placement, placement.place(params), boundary.ledger, boundary, crossing or CROSSINGS[0])
+    return Applied(
+        policy, placement, placement.place(params), boundary.ledger, boundary, crossing or CROSSINGS[0], device
+    )
 
 
 def check_crossing(policy: Policy, crossing: str | None) -> None:

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from fusedllm.errors import BoundaryError
 from fusedllm.kernels.linear import linear
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
-from fusedllm.partition.link import Link, Placed, Product
+from fusedllm.partition.link import CLOSED, Link, Placed, Product
 from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.views import DeviceProgram, Label
 
@@ -37,6 +38,7 @@ class Split:
     def __init__(self, link: Link) -> None:
         self.ledger = Ledger()
         self.link = link
+        self._closed = False
 
     def place(self, site: Site, weights: tuple[Weight, ...]) -> Placed:
         """The weights on the device."""
@@ -50,7 +52,8 @@ class Split:
         self.link.abandon()
 
     def close(self) -> None:
-        """Ends the link."""
+        """Ends the link; nothing crosses any more."""
+        self._closed = True
         self.link.close()
 
     def pads(self) -> Mapping[Hashable, PadReport]:
@@ -64,8 +67,10 @@ class Split:
     def cross(self, placed: Placed, x: jax.Array) -> tuple[np.ndarray, ...]:
         """Sends `x` as it is, and takes the products."""
         rows = np.asarray(x).reshape(-1, x.shape[-1])
+        if self._closed:
+            raise BoundaryError(CLOSED)
         with self.ledger.crossing(placed.site.name) as crossing:
-            products = self.link.exchange(placed, rows)
             crossing.bytes_to_device = rows.nbytes
+            products = self.link.exchange(placed, rows)
             crossing.bytes_to_host = sum(product.nbytes for product in products)
         return tuple(product.reshape(*x.shape[:-1], -1) for product in products)

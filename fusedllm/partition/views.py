@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -44,6 +45,14 @@ _LAYOUT = re.compile(r"entry_computation_layout=\{\((?P<parameters>.*?)\)->")
 _PARAMETER = re.compile(r"(?P<dtype>[a-z][a-z0-9]*)\[(?P<shape>[\d,]*)\]")
 
 
+class Asked(NamedTuple):
+    """What a program asks the host for: the name of the call, what it gets, and how often."""
+
+    call: str
+    label: Label
+    times: int
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceProgram:
     """A program that runs on the device.
@@ -54,7 +63,7 @@ class DeviceProgram:
       operands: pytrees of arrays, or of their shapes.
       labels: of each operand, all of its leaves.
       device: on which it runs.
-      asked: the labels of what the program asks the host for while it runs, by the name of the call that asks.
+      asked: what the program asks the host for while it runs.
       captured: the label of arrays that are part of the program.
     """
 
@@ -63,7 +72,7 @@ class DeviceProgram:
     operands: tuple[Any, ...]
     labels: tuple[Label, ...]
     device: jax.Device
-    asked: tuple[tuple[str, Label], ...] = ()
+    asked: tuple[Asked, ...] = ()
     captured: Label = Label.UNDECLARED
 
 
@@ -87,11 +96,12 @@ def leaks(program: DeviceProgram) -> dict[Label, str]:
     for variable in jaxpr.outvars:
         if id(variable) in by_variable:
             seen.setdefault(by_variable[id(variable)], "the result")
-    asked = dict(program.asked)
+    asked = {one.call: one for one in program.asked}
+    made = Counter(target for _, target in _calls(jaxpr))
     for primitive, target in _calls(jaxpr):
-        if target in asked:
-            seen.setdefault(asked[target], target)
-        elif _REACHES_OUT.search(primitive):
+        if target in asked and made[target] == asked[target].times:
+            seen.setdefault(asked[target].label, target)
+        elif target in asked or _REACHES_OUT.search(primitive):
             seen.setdefault(Label.UNDECLARED, primitive)
     return {label: where for label, where in seen.items() if label not in PUBLIC}
 
