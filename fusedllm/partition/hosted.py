@@ -71,9 +71,22 @@ class Boundary(Protocol):
         ...
 
 
-def _traced(platform: str, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
-    with traced_for(platform):
-        return function(*operands, **static)
+@functools.lru_cache(maxsize=1024)
+def _segment(
+    trusted: jax.Device, function: Callable[..., Any], static: tuple[tuple[str, Hashable], ...]
+) -> Callable[..., Any]:
+    """A segment for all models: what is compiled of it has nothing of theirs but shapes."""
+
+    def traced(*operands: object) -> Any:
+        with traced_for(trusted.platform):
+            return function(*operands, **dict(static))
+
+    names = inspect.signature(function).parameters
+    return jax.jit(
+        traced,
+        in_shardings=jax.sharding.SingleDeviceSharding(trusted),
+        donate_argnums=tuple(place for place, name in enumerate(names) if name in GIVEN_UP),
+    )
 
 
 class Hosted:
@@ -90,7 +103,6 @@ class Hosted:
         self._here = jax.sharding.SingleDeviceSharding(trusted)
         # In one call, where `device_put` would be one for each.
         self._take = jax.jit(lambda *arrays: arrays, in_shardings=self._here)
-        self._segments: dict[Hashable, Callable[..., Any]] = {}
         self._guard = threading.local()
 
     def place(self, params: Params) -> Params:
@@ -174,15 +186,7 @@ class Hosted:
         The guard is lifted for what the host hands over, for the segment's operands can be nowhere but on this CPU: an
         array that is elsewhere is refused.
         """
-        key = (function, *static.items())
-        segment = self._segments.get(key)
-        if segment is None:
-            names = inspect.signature(function).parameters
-            segment = self._segments[key] = jax.jit(
-                functools.partial(_traced, self.trusted.platform, function, **static),
-                in_shardings=self._here,
-                donate_argnums=tuple(place for place, name in enumerate(names) if name in GIVEN_UP),
-            )
+        segment = _segment(self.trusted, function, tuple(static.items()))
         with jax.transfer_guard_host_to_device("allow"):
             result: Result = segment(*operands)
         return result

@@ -7,6 +7,7 @@ sees numbers that are uniform over the ring modulo 2^32 (`ring.py`, `pads.py`); 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from fusedllm.partition.views import DeviceProgram, Label
 LIMITS = PoolLimits(exhausted="make")
 
 
+@functools.cache
 def integer_product(*, implementation: str | None) -> Product:
     """What the device computes under these policies: `ring_linear` of what was sent, int32 `[rows, out]`."""
 

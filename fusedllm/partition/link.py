@@ -7,6 +7,7 @@ compiled program asks the host for what it multiplies next.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -110,6 +111,15 @@ class Room:
         return placed
 
 
+@functools.lru_cache(maxsize=64)
+def _launcher(device: jax.Device, product: Product) -> Any:
+    """The compiled product, for all models: weights are its operands.
+
+    Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
+    """
+    return jax.jit(for_device(device, product), in_shardings=jax.sharding.SingleDeviceSharding(device))
+
+
 class Driven:
     """The host launches a compiled product for each exchange.
 
@@ -120,11 +130,9 @@ class Driven:
 
     def __init__(self, device: jax.Device, product: Product) -> None:
         self.device = device
-        self.product = for_device(device, product)
         self._outbox = Outbox()
         self._room = Room(device)
-        # Where an operand is said to be is where it goes: NumPy's array straight to the device, in one copy at most.
-        self.launch = jax.jit(self.product, in_shardings=jax.sharding.SingleDeviceSharding(device))
+        self.launch = _launcher(device, product)
         self._is_cpu = device.platform == "cpu"
         self._sites: list[Placed] = []
 

@@ -23,6 +23,7 @@ from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.views import DeviceProgram, Label
 
 
+@functools.cache
 def clear_product(*, precise: bool, implementation: str | None) -> Product:
     """What the device computes under `split`: `linear` of what was sent."""
     return functools.partial(linear, precise=precise, implementation=implementation)
