@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # The tests are about this package's code; XLA's own log lines would hide them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -11,6 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 
 import hypothesis
+import jax
 import pyarrow as pa
 import pytest
 from jaxtyping import install_import_hook
@@ -68,6 +71,22 @@ def pytest_configure(config: pytest.Config) -> None:
     use_compilation_cache()
 
 
+# Compiled code is mapped into the process, in up to 65,530 parts on Linux (vm.max_map_count), beyond which XLA aborts.
+MANY_MAPS = 20_000
+MAPS = Path("/proc/self/maps")
+
+_is_served = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+    """After a module, where its programs and those before are many; not once a server says that none will compile."""
+    yield
+    if not _is_served and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def tiny_llm() -> LLM:
     """A two-layer model with random weights and no tokenizer."""
@@ -87,6 +106,8 @@ def smollm2() -> LLM:
 @pytest.fixture(scope="session")
 def served_llm() -> Iterator[LLM]:
     """SmolLM2-135M-Instruct with a small context, its engine running in a thread of its own."""
+    global _is_served
+    _is_served = True
     from fusedllm.llm import load
 
     shapes = EngineConfig(
