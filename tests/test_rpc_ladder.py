@@ -234,8 +234,8 @@ def test_a_pool_has_room_for_a_prompt_and_says_where_it_was_short():
 def test_products_are_timed_without_the_time_of_what_they_wait_behind(monkeypatch):
     monkeypatch.setattr(rpc_model, "PLUG_SIZE", 8)
     products = rpc_model.Products(TINY, "float32", 0)
-    assert len(list(products._runs("calls", SEQ))) == 6 * TINY.num_layers + 2
-    assert len(list(products._runs("last", SEQ))) == len(list(products._ring_runs(SEQ))) == 5 * TINY.num_layers + 2
+    assert len(list(products._runs("calls", SEQ))) == 9 * TINY.num_layers + 2
+    assert len(list(products._runs("last", SEQ))) == len(list(products._ring_runs(SEQ))) == 8 * TINY.num_layers + 2
     for kind in ("calls", "layers", "last", "ring"):
         assert products.arithmetic(kind, SEQ) > 0
     waits: list[float] = []
