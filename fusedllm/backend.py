@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fusedllm.errors import ConfigError, ImplementationError
 from fusedllm.kernels import e4m3, native
-from fusedllm.kernels.choose import platform
+from fusedllm.kernels.choose import PALLAS, platform
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 KV_DTYPES = {**DTYPES, "int8": jnp.int8, "fp8": e4m3.DTYPE}
@@ -49,12 +49,14 @@ def runs_native(implementation: str | None) -> bool:
     """Whether the native kernels run, where `implementation` was asked for (`None`: the best there is).
 
     Raises:
-      ImplementationError: `ffi` or `pallas` was asked for and can't run.
+      ImplementationError: one that does not exist, or one but XLA's was asked for and can't run.
     """
-    if implementation not in (None, "xla", "ffi", "pallas"):
-        raise ImplementationError(f"implementation must be xla, ffi or pallas, got {implementation!r}.")
-    if implementation == "pallas" and platform() == "cpu":
-        raise ImplementationError("the implementation 'pallas' can't run: Pallas has no lowering for the CPU.")
+    if implementation not in (None, "xla", "ffi", "pallas", *PALLAS):
+        raise ImplementationError(f"implementation must be xla, ffi, pallas, mosaic or triton, got {implementation!r}.")
+    if implementation in ("pallas", *PALLAS) and platform() == "cpu":
+        raise ImplementationError(
+            f"the implementation {implementation!r} can't run: Pallas has no lowering for the CPU."
+        )
     if platform() != "cpu" or implementation == "xla":
         return False
     if implementation == "ffi" and (problem := native.why_unavailable()):

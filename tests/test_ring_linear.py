@@ -15,7 +15,7 @@ from fusedllm.kernels import ring_linear as module
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS
 from fusedllm.kernels.pallas_support import interpreting
 from fusedllm.kernels.ring_linear import join, ring_linear, split
-from fusedllm.kernels.ring_linear_pallas import BLOCKS, LEAST_TURNS, Plan, ring_linear_pallas
+from fusedllm.kernels.ring_linear_triton import BLOCKS, LEAST_TURNS, Plan, ring_linear_triton
 
 # jax says so from 0.11 on, whatever the kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -55,7 +55,7 @@ def test_native_products_are_those_of_unsigned_numbers(isa, tokens, width, rows,
         np.testing.assert_array_equal(native_ring.product(x, weight), wanted(x, weight))
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native), "pallas"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native), "triton"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_implementations_give_the_same_bits(implementation, shape):
     for seed in range(3):
@@ -81,7 +81,7 @@ def test_products_that_threads_share_are_whole(isa, tokens, width, rows):
         native.set_threads(before)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native), "pallas"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native), "triton"])
 def test_the_widest_sums_do_not_overflow_before_they_may(implementation):
     """Of the most columns, with all limbs -128, whose products with -128 are the largest there are."""
     x = np.full((1, MOST_INTEGER_COLUMNS), 0x80808080 - 2**32, np.int32)
@@ -112,7 +112,7 @@ def test_one_product_of_bytes_reads_the_weight_once():
     assert dot.outvars[0].aval.shape == (12, 8)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native), "pallas"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("ffi", marks=needs_native), "triton"])
 def test_leading_axes_are_kept_and_none_is_no_trouble(implementation):
     x, weight = operands(6, 40, 5, 1)
     with interpreting():
@@ -136,7 +136,7 @@ def test_operands_that_do_not_fit_are_refused():
             module._check(other, weight)
     with pytest.raises(ValueError, match="int32 holds the sums of 65536 columns, and this weight has 65537"):
         module._check(jax.ShapeDtypeStruct((1, MOST_INTEGER_COLUMNS + 1), jnp.int32), wide)
-    with pytest.raises(ImplementationError, match="has no implementation 'gpu'; it has: ffi, pallas, xla"):
+    with pytest.raises(ImplementationError, match="has no implementation 'gpu'; it has: ffi, triton, xla"):
         ring_linear(x, weight, implementation="gpu")
 
 
@@ -184,7 +184,7 @@ def test_a_product_is_cut_so_that_every_column_is_multiplied_once():
 @pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_products_in_parts_and_of_every_block_are_whole(tokens):
     x, weight = operands(tokens, 1100, 70, tokens)
-    np.testing.assert_array_equal(ring_linear_pallas(jnp.asarray(x), jnp.asarray(weight), True), wanted(x, weight))
+    np.testing.assert_array_equal(ring_linear_triton(jnp.asarray(x), jnp.asarray(weight), True), wanted(x, weight))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
@@ -194,7 +194,7 @@ def test_the_kernel_is_lowered_for_gpus(platform, tokens, shape):
     x, weight = jax.ShapeDtypeStruct((tokens, shape[1]), jnp.int32), jax.ShapeDtypeStruct(shape, jnp.int8)
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        program = ring_linear_pallas.trace(x, weight, False).lower(lowering_platforms=(platform,)).as_text()
+        program = ring_linear_triton.trace(x, weight, False).lower(lowering_platforms=(platform,)).as_text()
     assert program.count("__gpu$xla.gpu.triton") == 1
 
 

@@ -17,9 +17,12 @@ Function = TypeVar("Function", bound=Callable[..., object])
 # Best first, by jax's name for the backend; a name that an operation does not have is passed over.
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("ffi", "xla"),
-    "gpu": ("pallas", "xla"),
+    "gpu": ("mosaic", "triton", "xla"),
     "tpu": ("xla",),
 }
+
+# What `"pallas"` stands for: its two ways to a GPU, the first that an operation has and that runs here.
+PALLAS = ("mosaic", "triton")
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -30,14 +33,16 @@ def platform() -> str:
 
 
 @contextlib.contextmanager
-def traced_for(name: str | None) -> Iterator[None]:
+def traced_for(name: str | None, capability: float | None = None) -> Iterator[None]:
     """Inside, operations choose implementations for the platform `name`, or for the default backend's with `None`.
 
-    For programs that run on another device than the default one: a policy has a trusted CPU beside an accelerator.
+    For programs that run on another device than the default one: a policy has a trusted CPU beside an accelerator, and
+    a program can be compiled for a GPU that is not here, of the compute capability `capability`.
     """
     before = _platform.set(name)
     try:
-        yield
+        with pallas_support.supposing(capability):
+            yield
     finally:
         _platform.reset(before)
 
@@ -45,28 +50,35 @@ def traced_for(name: str | None) -> Iterator[None]:
 def choose(operation: str, implementations: Mapping[str, Function], implementation: str | None) -> Function:
     """The function to run for `implementation`, or the best one for `platform()` where it is `None`.
 
+    `"pallas"` asks for the best of `PALLAS`.
+
     Raises:
       ImplementationError: the operation has no implementation of that name, or it can't run here.
     """
     backend = platform()
     if implementation is None:
         preferred = PREFERENCE.get(backend, ("xla",))
-        implementation = next(name for name in preferred if name in implementations and _runs(name, backend))
-    if implementation not in implementations:
+        return next(implementations[name] for name in preferred if name in implementations and _runs(name, backend))
+    wanted = PALLAS if implementation == "pallas" else (implementation,)
+    there = [name for name in wanted if name in implementations]
+    if not there:
         raise ImplementationError(
             f"{operation} has no implementation {implementation!r}; it has: {', '.join(sorted(implementations))}."
         )
-    if implementation == "ffi":
-        if backend != "cpu":
-            raise ImplementationError(f"{operation}: the implementation 'ffi' runs on the CPU, jax runs on: {backend}.")
-        if problem := native.why_unavailable():
-            raise ImplementationError(f"{operation}: the implementation 'ffi' can't run: {problem}.")
-    if implementation == "pallas" and (problem := pallas_support.why_not_on(backend)):
-        raise ImplementationError(f"{operation}: the implementation 'pallas' can't run: {problem}.")
-    return implementations[implementation]
+    problems = [_why_not(name, backend) for name in there]
+    if None in problems:
+        return implementations[there[problems.index(None)]]
+    raise ImplementationError(f"{operation}: the implementation {implementation!r} can't run: {problems[-1]}.")
+
+
+def _why_not(implementation: str, backend: str) -> str | None:
+    if implementation in PALLAS:
+        return pallas_support.why_not_on(backend, implementation)
+    if implementation != "ffi":
+        return None
+    return native.why_unavailable() if backend == "cpu" else f"it is for the CPU, and jax runs on: {backend}"
 
 
 def _runs(implementation: str, backend: str) -> bool:
-    if implementation == "ffi":
-        return native.available()
-    return implementation != "pallas" or pallas_support.why_not_on(backend) is None
+    # Who did not ask for native kernels is warned where they are missing.
+    return native.available() if implementation == "ffi" else _why_not(implementation, backend) is None

@@ -40,15 +40,15 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
     implementations: dict[str, Callable[..., jax.Array]] = {
         "xla": _dequantize_xla,
         "ffi": _dequantize_ffi,
-        "pallas": _dequantize_pallas,
+        "triton": _dequantize_triton,
     }
     return choose("dequantize", implementations, implementation)(array, np.dtype(dtype))
 
 
-def _dequantize_pallas(array: QuantArray, dtype: np.dtype) -> jax.Array:
-    from fusedllm.kernels.dequantize_pallas import dequantize_pallas  # Imports Pallas: see `pallas_support`.
+def _dequantize_triton(array: QuantArray, dtype: np.dtype) -> jax.Array:
+    from fusedllm.kernels.dequantize_triton import dequantize_triton  # Imports Pallas: see `pallas_support`.
 
-    return dequantize_pallas(array, dtype, interprets())
+    return dequantize_triton(array, dtype, interprets())
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -63,7 +63,7 @@ def linear(
         of eight bits, and it is not int8 with one scale a row or has more than 65,536 columns.
     """
     _check_shapes(x, weights)
-    implementations = {"xla": _linear_xla, "ffi": _linear_ffi, "pallas": _linear_pallas}
+    implementations = {"xla": _linear_xla, "ffi": _linear_ffi, "triton": _linear_triton}
     return choose("linear", implementations, implementation)(
         x, weights, out_dtype or x.dtype, precise, implementation is not None
     )
@@ -138,20 +138,20 @@ def _integer_product(x: jax.Array, matrix: jax.Array, scales: jax.Array) -> jax.
     return (sums * token_scales * scales).reshape(*x.shape[:-1], matrix.shape[0])
 
 
-def _linear_pallas(
+def _linear_triton(
     x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
 ) -> tuple[jax.Array, ...]:
     del precise
-    problems = [_why_not_pallas(x, weight) for weight in weights]
+    problems = [_why_not_triton(x, weight) for weight in weights]
     if strict and (problem := next(filter(None, problems), None)):
         raise ImplementationError(f"linear: the implementation 'pallas' can't run: {problem}.")
     return tuple(
-        _product_xla(x, weight, out_dtype) if problem else _product_pallas(x, weight, out_dtype)
+        _product_xla(x, weight, out_dtype) if problem else _product_triton(x, weight, out_dtype)
         for weight, problem in zip(weights, problems, strict=True)
     )
 
 
-def _why_not_pallas(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
+def _why_not_triton(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
     scheme = grouped_scheme(weight)
     if scheme is None:
         return f"it multiplies with grouped codes, got {_kind(weight)}"
@@ -160,11 +160,11 @@ def _why_not_pallas(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
     return why_not_codes(scheme)
 
 
-def _product_pallas(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Array:
-    from fusedllm.kernels.linear_pallas import product_pallas  # Imports Pallas: see `pallas_support`.
+def _product_triton(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Array:
+    from fusedllm.kernels.linear_triton import product_triton  # Imports Pallas: see `pallas_support`.
 
     rows = hadamard(x) if turns(weight) else x
-    product = product_pallas(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
+    product = product_triton(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 

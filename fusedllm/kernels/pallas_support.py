@@ -13,10 +13,14 @@ from fusedllm.kernels.grouped import GroupedScheme
 # A matrix unit multiplies this many columns of int8 at least (16 of bfloat16), and a group is never cut smaller.
 LEAST_GROUP = 32
 
-# Of NVIDIA's GPUs. For older ones Triton multiplies without matrix units, and int8 not at all.
-LEAST_CAPABILITY = 8.0
+# Of NVIDIA's GPUs. For older ones Triton multiplies without matrix units, and int8 not at all; Mosaic GPU is made of
+# instructions that Hopper was the first to have.
+LEAST_CAPABILITY = {"triton": 8.0, "mosaic": 9.0}
+
+GENERATIONS = {8.0: "Ampere", 9.0: "Hopper"}
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
+_supposed: contextvars.ContextVar[float | None] = contextvars.ContextVar("supposed", default=None)
 
 
 @contextlib.contextmanager
@@ -37,24 +41,39 @@ def interprets() -> bool:
     return _interpreting.get()
 
 
-def why_not_on(backend: str) -> str | None:
-    """Why a Pallas kernel can't run on `backend` (jax's name for it), or `None` if it can."""
+def why_not_on(backend: str, lowering: str) -> str | None:
+    """Why Pallas can't run a kernel on `backend` (jax's name for it) by way of `lowering`, or `None` if it can.
+
+    `lowering` is `"triton"`, for GPUs of NVIDIA and AMD, or `"mosaic"`, for NVIDIA's from Hopper on.
+    """
     if interprets():
         return None
     if backend == "cpu":
         return "Pallas has no lowering for the CPU"
     if backend != "gpu":
-        return f"these kernels are lowered by Triton, for a GPU, and jax runs on: {backend}"
-    found = compute_capability()
-    if found is not None and found < LEAST_CAPABILITY:
-        return (
-            f"Triton's products need compute capability {LEAST_CAPABILITY:.1f} (Ampere), and this GPU has {found:.1f}"
-        )
+        return f"Pallas kernels are made for GPUs here, and jax runs on: {backend}"
+    found, least = compute_capability(), LEAST_CAPABILITY[lowering]
+    if found is None:
+        return "Mosaic GPU is for GPUs of NVIDIA, and this is none" if lowering == "mosaic" else None
+    if found < least:
+        return f"{lowering} needs compute capability {least:.1f} ({GENERATIONS[least]}), and this GPU has {found:.1f}"
     return None
 
 
+@contextlib.contextmanager
+def supposing(capability: float | None) -> Iterator[None]:
+    """Inside, the GPU is one of NVIDIA's of this compute capability; with `None` it is the one that is here."""
+    before = _supposed.set(capability)
+    try:
+        yield
+    finally:
+        _supposed.reset(before)
+
+
 def compute_capability() -> float | None:
-    """That of the first GPU here if it is one of NVIDIA; AMD's are named otherwise."""
+    """That of `supposing`, or of the first GPU here if it is one of NVIDIA; AMD's are named otherwise."""
+    if (supposed := _supposed.get()) is not None:
+        return supposed
     name = getattr(jax.local_devices()[0], "compute_capability", "")
     return float(name) if name.replace(".", "", 1).isdecimal() else None
 

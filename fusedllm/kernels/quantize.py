@@ -60,15 +60,15 @@ def quantize(
     implementations: dict[str, Callable[..., QuantArray]] = {
         "xla": _quantize_xla,
         "ffi": _quantize_ffi,
-        "pallas": _quantize_pallas,
+        "triton": _quantize_triton,
     }
     return choose("quantize", implementations, implementation)(weights, scheme, np.dtype(scale_dtype))
 
 
-def _quantize_pallas(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype) -> QuantArray:
-    from fusedllm.kernels.quantize_pallas import quantize_pallas  # Imports Pallas: see `pallas_support`.
+def _quantize_triton(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype) -> QuantArray:
+    from fusedllm.kernels.quantize_triton import quantize_triton  # Imports Pallas: see `pallas_support`.
 
-    return quantize_pallas(weights, scheme, scale_dtype, interprets())
+    return quantize_triton(weights, scheme, scale_dtype, interprets())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -45,7 +45,7 @@ def ring_linear(
     implementations: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
         "xla": _ring_linear_xla,
         "ffi": _ring_linear_ffi,
-        "pallas": _ring_linear_pallas,
+        "triton": _ring_linear_triton,
     }
     product = choose("ring_linear", implementations, implementation)(x.reshape(-1, x.shape[-1]), weight)
     return product.reshape(*x.shape[:-1], weight.shape[0])
@@ -89,7 +89,7 @@ def _ring_linear_ffi(x: jax.Array, weight: jax.Array) -> jax.Array:
     return product
 
 
-def _ring_linear_pallas(x: jax.Array, weight: jax.Array) -> jax.Array:
-    from fusedllm.kernels.ring_linear_pallas import ring_linear_pallas  # Imports Pallas: see `pallas_support`.
+def _ring_linear_triton(x: jax.Array, weight: jax.Array) -> jax.Array:
+    from fusedllm.kernels.ring_linear_triton import ring_linear_triton  # Imports Pallas: see `pallas_support`.
 
-    return ring_linear_pallas(x, weight, interprets())
+    return ring_linear_triton(x, weight, interprets())

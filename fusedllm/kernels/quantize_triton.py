@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from fusedllm.kernels.grouped import GroupedScheme
-from fusedllm.kernels.pallas_tiles import Span, launch, load, round_to_even, store, store_codes, to_float8
 from fusedllm.kernels.quantize import largest_code, round_up
+from fusedllm.kernels.triton_tiles import Span, launch, load, round_to_even, store, store_codes, to_float8
 from fusedllm.qarray import QuantArray
 
 # Weights of a program at a time, and columns of a group that is a whole row: 32 weights for each thread of four warps.
@@ -22,7 +22,7 @@ WARPS = 4
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def quantize_pallas(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype, interpret: bool) -> QuantArray:
+def quantize_triton(weights: jax.Array, scheme: GroupedScheme, scale_dtype: np.dtype, interpret: bool) -> QuantArray:
     """`weights` `[out, in]` in `scheme`, which is one that `why_not_codes` has nothing against."""
     rows, width = weights.shape
     groups = scheme.groups(width)

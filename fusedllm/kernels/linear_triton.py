@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from fusedllm.kernels.grouped import GroupedScheme
-from fusedllm.kernels.pallas_tiles import (
+from fusedllm.kernels.quantize import round_activations
+from fusedllm.kernels.triton_tiles import (
     Span,
     from_float8,
     group_of,
@@ -31,7 +32,6 @@ from fusedllm.kernels.pallas_tiles import (
     store,
     unit,
 )
-from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 
 
@@ -123,7 +123,7 @@ class Plan:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def product_pallas(x: jax.Array, weight: QuantArray, out_dtype: np.dtype, interpret: bool) -> jax.Array:
+def product_triton(x: jax.Array, weight: QuantArray, out_dtype: np.dtype, interpret: bool) -> jax.Array:
     """`x @ weight.T` for `x` `[tokens, in]` in bfloat16, float16 or float32, as `out_dtype` `[tokens, out]`.
 
     The scheme of `weight` is one that `why_not_codes` has nothing against.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from fusedllm.kernels.grouped import GroupedScheme
-from fusedllm.kernels.pallas_tiles import Span, from_float8, group_of, launch, load, load_codes, store
+from fusedllm.kernels.triton_tiles import Span, from_float8, group_of, launch, load, load_codes, store
 from fusedllm.qarray import QuantArray
 
 # Weights of a program, and columns where a row is one group: 32 weights for each thread of four warps.
@@ -21,7 +21,7 @@ WARPS = 4
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def dequantize_pallas(array: QuantArray, dtype: np.dtype, interpret: bool) -> jax.Array:
+def dequantize_triton(array: QuantArray, dtype: np.dtype, interpret: bool) -> jax.Array:
     """The values of `array` in `dtype`; its scheme is one that `why_not_codes` has nothing against."""
     scheme = array.scheme
     assert isinstance(scheme, GroupedScheme)

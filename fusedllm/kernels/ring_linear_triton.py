@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fusedllm.kernels.pallas_tiles import Span, iota, launch, load, store
 from fusedllm.kernels.ring_linear import LIMBS, split
+from fusedllm.kernels.triton_tiles import Span, iota, launch, load, store
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Blocks:
     stages: int
 
 
-# Reasoned, not measured, as those of `linear_pallas.py` are, whose tiles these are: a row of limbs costs what a token
+# Reasoned, not measured, as those of `linear_triton.py` are, whose tiles these are: a row of limbs costs what a token
 # of `w8a8` does.
 BLOCKS = (
     Blocks(up_to=4, tokens=4, rows=64, columns=128, programs=264, warps=4, stages=4),
@@ -80,7 +80,7 @@ class Plan:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def ring_linear_pallas(x: jax.Array, weight: jax.Array, interpret: bool) -> jax.Array:
+def ring_linear_triton(x: jax.Array, weight: jax.Array, interpret: bool) -> jax.Array:
     """`x` int32 `[tokens, in]` times int8 `[out, in]` transposed, modulo 2^32."""
     tokens, rows = x.shape[0], weight.shape[0]
     if tokens == 0:

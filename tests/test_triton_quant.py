@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels import pallas_support
-from fusedllm.kernels.choose import choose
+from fusedllm.kernels.choose import choose, traced_for
 from fusedllm.kernels.dequantize import dequantize
-from fusedllm.kernels.dequantize_pallas import dequantize_pallas
+from fusedllm.kernels.dequantize_triton import dequantize_triton
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.kernels.linear import linear
-from fusedllm.kernels.linear_pallas import BLOCKS, Plan, product_pallas
+from fusedllm.kernels.linear_triton import BLOCKS, Plan, product_triton
 from fusedllm.kernels.pallas_support import interpreting
-from fusedllm.kernels.pallas_tiles import Span, from_float8, round_to_even, tile, to_float8
 from fusedllm.kernels.quantize import quantize, round_activations
-from fusedllm.kernels.quantize_pallas import quantize_pallas
+from fusedllm.kernels.quantize_triton import quantize_triton
+from fusedllm.kernels.triton_tiles import Span, from_float8, round_to_even, tile, to_float8
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.schemes import SCHEMES
 
@@ -253,23 +253,43 @@ def test_codes_that_pallas_can_not_take_are_refused_if_asked_for_and_left_to_xla
 
 
 @pytest.mark.parametrize(
-    ("backend", "capability", "chosen"),
+    ("backend", "capability", "chosen", "without_mosaic"),
     [
-        ("gpu", 9.0, "pallas"),
-        ("gpu", 8.0, "pallas"),
-        ("gpu", 7.5, "xla"),
-        ("gpu", None, "pallas"),
-        ("tpu", None, "xla"),
+        ("gpu", 10.0, "mosaic", "triton"),
+        ("gpu", 9.0, "mosaic", "triton"),
+        ("gpu", 8.0, "triton", "triton"),
+        ("gpu", 7.5, "xla", "xla"),
+        ("gpu", None, "triton", "triton"),
+        ("tpu", None, "xla", "xla"),
     ],
 )
-def test_the_automatic_choice_is_pallas_on_gpus_that_multiply_with_triton(monkeypatch, backend, capability, chosen):
+def test_the_automatic_choice_is_what_lowers_for_the_gpu(monkeypatch, backend, capability, chosen, without_mosaic):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(pallas_support, "compute_capability", lambda: capability)
-    implementations = {name: (lambda name=name: name) for name in ("xla", "pallas")}
-    assert choose("linear", implementations, None)() == chosen
-    if chosen == "xla":
-        with pytest.raises(ImplementationError, match=r"linear: the implementation 'pallas' can't run: .*(7\.5|tpu)"):
-            choose("linear", implementations, "pallas")
+    some = {name: (lambda name=name: name) for name in ("xla", "triton")}
+    every = {**some, "mosaic": lambda: "mosaic"}
+    for implementations, wanted in ((every, chosen), (some, without_mosaic)):
+        assert choose("linear", implementations, None)() == wanted
+        if wanted == "xla":
+            sentence = r"linear: the implementation 'pallas' can't run: .*(7\.5|tpu)"
+            with pytest.raises(ImplementationError, match=sentence):
+                choose("linear", implementations, "pallas")
+        else:
+            assert choose("linear", implementations, "pallas")() == wanted
+    if chosen != "mosaic":
+        with pytest.raises(ImplementationError, match="the implementation 'mosaic' can't run"):
+            choose("linear", every, "mosaic")
+
+
+def test_a_program_is_traced_for_a_gpu_that_is_not_here():
+    every = {name: (lambda name=name: name) for name in ("xla", "ffi", "triton", "mosaic")}
+    with traced_for("gpu", 8.0):
+        assert choose("linear", every, None)() == "triton"
+        with pytest.raises(ImplementationError, match=r"mosaic' can't run: .* capability 9\.0"):
+            choose("linear", every, "mosaic")
+    with traced_for("gpu", 9.0):
+        assert choose("linear", every, None)() == "mosaic"
+    assert choose("linear", every, None)() in ("ffi", "xla")
 
 
 @pytest.mark.parametrize(("name", "number"), [("9.0", 9.0), ("12.0", 12.0), ("gfx942", None), ("", None)])
@@ -364,9 +384,9 @@ def test_kernels_are_lowered_for_gpus(scheme, platform):
     weights, codes = jax.ShapeDtypeStruct(shape, jnp.bfloat16), abstract(scheme, shape)
     x = jax.ShapeDtypeStruct((turn((1, 512, 48), (ALL + OTHERS).index(scheme)), shape[1]), jnp.bfloat16)
     for program in (
-        lowered(quantize_pallas, weights, scheme, np.dtype(np.float16), False, platform=platform),
-        lowered(dequantize_pallas, codes, np.dtype(jnp.bfloat16), False, platform=platform),
-        lowered(product_pallas, x, codes, np.dtype(jnp.bfloat16), False, platform=platform),
+        lowered(quantize_triton, weights, scheme, np.dtype(np.float16), False, platform=platform),
+        lowered(dequantize_triton, codes, np.dtype(jnp.bfloat16), False, platform=platform),
+        lowered(product_triton, x, codes, np.dtype(jnp.bfloat16), False, platform=platform),
     ):
         assert "__gpu$xla.gpu.triton" in program
 
@@ -375,7 +395,7 @@ def test_kernels_are_lowered_for_gpus(scheme, platform):
 @pytest.mark.parametrize("tokens", [1, 48, 512])
 def test_products_of_every_block_and_dtype_are_lowered(tokens, dtype):
     x = jax.ShapeDtypeStruct((tokens, 2048), dtype)
-    program = lowered(product_pallas, x, abstract(SCHEMES["int4-g64"], (8192, 2048)), np.dtype(dtype), False)
+    program = lowered(product_triton, x, abstract(SCHEMES["int4-g64"], (8192, 2048)), np.dtype(dtype), False)
     assert program.count("__gpu$xla.gpu.triton") == 1
 
 
