@@ -19,6 +19,7 @@ fresh memory each time, which is what the memory that links give away saves.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def measure(forms: list[str], rows: int, repetitions: int) -> dict[str, Any]:
     links = {form: Form(form) for form in forms}
     runs: dict[str, Callable[[], list[float]]] = {COPY: copies(values)}
     for form, made in links.items():
-        runs[form] = lambda made=made: made.run(values, False)  # type: ignore[misc]
+        runs[form] = functools.partial(made.run, values, False)
     runs[FRESH] = lambda: links["driven"].run(values, True)
     names = list(runs)
     samples: dict[str, list[list[float]]] = {name: [] for name in names}

@@ -15,19 +15,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import environment, table, warn_if_busy, write_json
-from cpu_quality import STORED, log_softmax
+from judge import Judge
 
 import fusedllm
 from fusedllm.calibrate.rotate import rotate
@@ -71,41 +69,6 @@ LINES = (
 )
 
 
-class Judge:
-    """The float32 model's distributions on the windows, and how far others are from them."""
-
-    def __init__(self, checkpoint: Checkpoint, windows: int, directory: Path) -> None:
-        stored = json.loads(STORED.read_text(encoding="utf-8"))["perplexity"]
-        size = stored["window"]
-        self.windows = [stored["ids"][start : start + size] for start in range(0, windows * size, size)]
-        self._directory = directory
-        llm = fusedllm.load(checkpoint, dtype="float32", max_context=CONTEXT)
-        for index, window in enumerate(self.windows):
-            np.save(self._reference(index), log_softmax(llm.logits(window)[:-1]).astype(np.float32))
-
-    def _reference(self, index: int) -> Path:
-        return self._directory / f"{index}.npy"
-
-    def judge(self, logits: Callable[[list[int]], np.ndarray]) -> dict[str, float]:
-        """Of what `logits` returns for each window."""
-        likelihoods, divergences = [], []
-        for index, window in enumerate(self.windows):
-            reference = np.load(self._reference(index)).astype(np.float64)
-            found = log_softmax(logits(window)[:-1])
-            likelihoods.append(found[np.arange(len(window) - 1), window[1:]])
-            divergences.append((np.exp(reference) * (reference - found)).sum(-1))
-        return {
-            "perplexity": float(np.exp(-np.concatenate(likelihoods).mean())),
-            "kl_divergence": float(np.concatenate(divergences).mean()),
-        }
-
-    def float_line(self) -> dict[str, float]:
-        """The reference itself."""
-        found = [np.load(self._reference(index)) for index in range(len(self.windows))]
-        likelihoods = [of[np.arange(len(of)), window[1:]] for of, window in zip(found, self.windows, strict=True)]
-        return {"perplexity": float(np.exp(-np.concatenate(likelihoods).mean(dtype=np.float64))), "kl_divergence": 0.0}
-
-
 class Bench:
     """Both checkpoints, and the last table that was made of one of them."""
 
@@ -130,6 +93,8 @@ class Bench:
             if not np.array_equal(llm.logits(window), verified.logits(window)):
                 raise SystemExit(f"the answer under {line.policy} differs from that under verify on the first window.")
             result["equal_bits_to_verify"] = True
+            verified.close()
+        llm.close()
         return result | {"seconds": time.perf_counter() - started}
 
     def _quantized(self, how: Line) -> Any:
@@ -179,9 +144,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fusedllm-masked-") as directory:
         source = open_checkpoint(resolve(MODEL, progress=True))
         turned = convert(rotate(source, SEED), Path(directory) / "rotated.arrow", progress=True)
-        judge = Judge(source, options.windows, Path(directory))
+        judge = Judge(source, options.windows, Path(directory), max_context=CONTEXT)
         bench = Bench(source, open_checkpoint(turned), judge)
-        lines["float32"] = judge.float_line()
+        lines["float32"] = judge.reference()
         for line in LINES:
             lines[line.name] = bench.run(line)
             print(f"{line.name}: {lines[line.name]}", file=sys.stderr, flush=True)

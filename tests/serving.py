@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fastapi
@@ -72,16 +73,17 @@ def the_error(response: httpx.Response) -> Any:
 
 
 @contextlib.contextmanager
-def on_a_port(app: fastapi.FastAPI) -> Iterator[str]:
-    """The address of `app`, served by uvicorn in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+def on_a_port(app: fastapi.FastAPI, pair: tuple[Path, Path] | None = None) -> Iterator[str]:
+    """The address of `app`, served by uvicorn in a thread; behind TLS with a `pair` of certificate and key."""
+    files: dict[str, Any] = {} if pair is None else {"ssl_certfile": pair[0], "ssl_keyfile": pair[1]}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", **files))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http{'' if pair is None else 's'}://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()

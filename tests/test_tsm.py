@@ -10,7 +10,7 @@ import threading
 import pytest
 from attestation_stand_in import BUSY, FakeKernel, fails, snp_blob
 
-from fusedllm.errors import AttestationError, AttestationUnavailable
+from fusedllm.errors import AttestationError, AttestationUnavailableError
 from fusedllm.partition import tsm
 from fusedllm.partition.quotes import report_data_in
 
@@ -140,7 +140,7 @@ def test_a_kernel_that_stays_busy_is_given_up_after_some_seconds(kernel):
 
 
 def test_a_machine_without_the_interface_has_no_quote(tmp_path):
-    with pytest.raises(AttestationUnavailable, match="/report, which Linux") as refused:
+    with pytest.raises(AttestationUnavailableError, match="/report, which Linux") as refused:
         tsm.quote(DATA, tmp_path / "report")
     sentence(refused.value)
     assert not tsm.available(tmp_path / "report")
@@ -157,7 +157,7 @@ def test_a_machine_without_the_interface_has_no_quote(tmp_path):
 )
 def test_hardware_that_is_missing_or_forbidden_is_unavailable(kernel, place, number, words):
     kernel.before[place] = fails(number)
-    with pytest.raises(AttestationUnavailable, match=words) as refused:
+    with pytest.raises(AttestationUnavailableError, match=words) as refused:
         kernel.quote(DATA)
     sentence(refused.value)
     assert list(kernel.root.iterdir()) == []
@@ -178,7 +178,7 @@ def test_a_missing_or_empty_provider_is_an_error(kernel):
         kernel.quote(DATA)
     kernel.before.clear()
     kernel.provider = ""
-    with pytest.raises(AttestationUnavailable, match="names no provider"):
+    with pytest.raises(AttestationUnavailableError, match="names no provider"):
         kernel.quote(DATA)
     assert list(kernel.root.iterdir()) == []
 

@@ -10,8 +10,8 @@ from functools import partial
 import httpx
 import pytest
 from attestation_stand_in import MANIFEST, FakeKernel, SnpMachine, tls_pair
-from serving import app_of
-from tls_servers import on_tls, relayed
+from relay import relayed
+from serving import app_of, on_a_port
 
 from fusedllm import verifying
 from fusedllm.attesting import Attester
@@ -54,7 +54,7 @@ def app(tiny_llm, machine, pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(app, pair):
-    with on_tls(app, pair) as url:
+    with on_a_port(app, pair) as url:
         yield url
 
 
@@ -154,7 +154,7 @@ def test_without_tls_nothing_is_bound(tiny_llm, machine, tmp_path):
     app = app_of(tiny_llm)
     kernel = FakeKernel(tmp_path, make_blob=machine.report)
     app.state.server.quoting = Quoting(Attester(MANIFEST, None, kernel.quote))
-    with on_tls(app, None) as url:
+    with on_a_port(app) as url:
         verdict = verify(url, expectations(machine))
         assert but(verdict, FAILED) == ["TLS key"]
         assert "not bound" in str(verdict)
@@ -166,7 +166,7 @@ def test_a_proxy_that_ends_tls_is_not_the_attested_machine(tiny_llm, machine, pa
     app = app_of(tiny_llm)
     kernel = FakeKernel(tmp_path, make_blob=machine.report)
     app.state.server.quoting = Quoting(Attester(MANIFEST, None, kernel.quote))
-    with on_tls(app, None) as behind, relayed(behind, pair) as url:
+    with on_a_port(app) as behind, relayed(behind, pair) as url:
         verdict = verify(url, expectations(machine))
     assert but(verdict, FAILED) == ["TLS key", "report data"]
 
@@ -182,7 +182,7 @@ def test_an_api_key_is_only_told_to_a_server_with_a_valid_certificate(tiny_llm, 
     app = app_of(tiny_llm, api_keys=("sesame-open",))
     kernel = FakeKernel(tmp_path, make_blob=machine.report)
     app.state.server.quoting = Quoting(Attester(MANIFEST, pair[0], kernel.quote))
-    with on_tls(app, pair) as url:
+    with on_a_port(app, pair) as url:
         with pytest.raises(AttestationError, match="status 401: this server needs an API key"):
             verify(url, expectations(machine))
         with pytest.raises(AttestationError, match="certificate verify failed"):

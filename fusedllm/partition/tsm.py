@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedllm.errors import AttestationError, AttestationUnavailable
+from fusedllm.errors import AttestationError, AttestationUnavailableError
 from fusedllm.partition.attestation import REPORT_DATA_BYTES
 from fusedllm.partition.quotes import report_data_in
 
@@ -94,13 +94,13 @@ def quote(
     """A quote for 64 bytes of `report_data`, made in a directory of its own that is removed again.
 
     Raises:
-      AttestationUnavailable: this machine makes no quotes, or does not let this process.
+      AttestationUnavailableError: this machine makes no quotes, or does not let this process.
       AttestationError: the device failed, stayed busy, or others kept writing to our directory.
     """
     if len(report_data) != REPORT_DATA_BYTES:
         raise AttestationError(f"a quote is made for {REPORT_DATA_BYTES} bytes, got {len(report_data)}.")
     if not available(root):
-        raise AttestationUnavailable(
+        raise AttestationUnavailableError(
             f"this machine can't be attested: there is no {root}, which Linux 6.7 and later have in a confidential VM "
             "(TDX or SEV-SNP) where configfs is mounted."
         )
@@ -149,7 +149,7 @@ def _quote_in(directory: Path, report_data: bytes, files: Files) -> Quote:
     if after != before + 1:
         raise _RetryError(f"somebody else wrote {after - before - 1} times to the same directory")
     if not provider:
-        raise AttestationUnavailable(f"the kernel offers {directory.parent}, and names no provider of quotes.")
+        raise AttestationUnavailableError(f"the kernel offers {directory.parent}, and names no provider of quotes.")
     if not blob or len(blob) > MAX_QUOTE_BYTES:
         raise AttestationError(f"{provider} gave a quote of {len(blob)} bytes, which can't be one.")
     if report_data_in(provider, blob) not in (None, report_data):
@@ -168,19 +168,19 @@ def _generation(directory: Path, files: Files) -> int:
 
 @contextlib.contextmanager
 def _kernel(what: str) -> Iterator[None]:
-    """Inside, what the kernel answers becomes a retry, an `AttestationUnavailable` or an `AttestationError`."""
+    """Inside, what the kernel answers becomes a retry, an `AttestationUnavailableError` or an `AttestationError`."""
     try:
         yield
     except OSError as error:
         if error.errno in _BUSY:
             raise _RetryError(f"to {what} the kernel said: {_reason(error)}") from error
         if error.errno in _ABSENT:
-            raise AttestationUnavailable(
+            raise AttestationUnavailableError(
                 f"this machine can't be attested: to {what} the kernel said: {_reason(error)}; it has no driver for "
                 "quotes (tdx-guest or sev-guest) loaded."
             ) from error
         if error.errno in _FORBIDDEN:
-            raise AttestationUnavailable(
+            raise AttestationUnavailableError(
                 f"this process may not {what} ({_reason(error)}); run it as a user who may, usually root."
             ) from error
         raise AttestationError(f"no quote was made: to {what} the kernel said: {_reason(error)}.") from error

@@ -55,7 +55,7 @@ class Quoting:
 
         Raises:
           APIError: 429 for a caller who asks too often, 503 where too many wait.
-          AttestationUnavailable, AttestationError: as `Attester.attest`.
+          AttestationUnavailableError, AttestationError: as `Attester.attest`.
         """
         seconds = self._rates.admit(caller)
         if seconds:

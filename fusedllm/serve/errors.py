@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from fusedllm.errors import (
     AttestationError,
-    AttestationUnavailable,
+    AttestationUnavailableError,
     ContextLengthError,
     EngineStoppedError,
     FusedLLMError,
@@ -101,7 +101,7 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(503, _sentence(error), UNAVAILABLE, "queue_full", headers=RETRY_AFTER)
         case EngineStoppedError():
             return APIError(503, _sentence(error), UNAVAILABLE, "engine_stopped", headers=RETRY_AFTER)
-        case AttestationUnavailable():
+        case AttestationUnavailableError():
             return APIError(501, _sentence(error), SERVER, "attestation_unavailable")
         case AttestationError():
             return APIError(503, _sentence(error), UNAVAILABLE, "attestation_failed", headers=RETRY_AFTER)

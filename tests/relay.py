@@ -1,4 +1,4 @@
-"""Servers behind TLS for tests: an application, and somebody in between who relays."""
+"""Somebody between a client and a server, for tests: hands everything on behind TLS, and may change the answer."""
 
 from __future__ import annotations
 
@@ -7,27 +7,8 @@ import http.server
 import json
 import ssl
 import threading
-import time
 
 import httpx
-import uvicorn
-
-
-@contextlib.contextmanager
-def on_tls(app, pair):
-    """The address of `app` behind TLS, or without where there is no `pair`."""
-    files = {} if pair is None else {"ssl_certfile": pair[0], "ssl_keyfile": pair[1]}
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", **files))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http{'' if pair is None else 's'}://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 class Relay(http.server.BaseHTTPRequestHandler):
