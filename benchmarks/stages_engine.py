@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import fusedllm
+from fusedllm.config import Sampler
 from fusedllm.engine.flights import Flights
 from fusedllm.engine.request import Chunk
 from fusedllm.engine.runner import orders
@@ -83,7 +84,7 @@ class Rooms:
         jax.block_until_ready((cache, seats))
         began = time.perf_counter()
         for _ in range(launches):
-            cache, seats, outputs = runner._decode(params, cache, seats, *arguments)
+            cache, seats, outputs = runner._decode[Sampler.FULL](params, cache, seats, *arguments)
         jax.block_until_ready(outputs)
         took = time.perf_counter() - began
         # The runner's own were donated.

@@ -6,6 +6,7 @@ Nothing in this file imports jax: the command line reads it before any backend i
 from __future__ import annotations
 
 import dataclasses
+import enum
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,6 +266,28 @@ class SamplingParams:
         fits = fits and (low < value if open_low else low <= value) and value <= high
         kind = "an integer" if integer else "a number"
         _ask(fits, name, value, f"{kind} {'above' if open_low else 'from'} {low} {'up ' if open_low else ''}to {high}")
+
+
+class Sampler(enum.IntEnum):
+    """How much of sampling a program has; what a smaller one can do, a larger one does with the same tokens.
+
+    Where a branch asks the host, as on a GPU, a program without branches is worth its compilation.
+    """
+
+    UNFILTERED = 0
+    """The likeliest token, or one drawn by temperature alone."""
+    FILTERED = 1
+    """Also top-k, top-p and min-p."""
+    FULL = 2
+    """Also biases, penalties, grammars and log-probabilities; what no row asks for is branched around."""
+
+    @classmethod
+    def of(cls, sampling: SamplingParams, constrained: bool = False) -> Sampler:
+        """The smallest one for a request; `constrained` says that it follows a grammar."""
+        if constrained or sampling.has_penalties or sampling.logit_bias or sampling.logprobs is not None:
+            return cls.FULL
+        filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        return cls.FILTERED if filters and sampling.temperature > 0 else cls.UNFILTERED
 
 
 def sampling_from_keywords(sampling: SamplingParams | None, keywords: Mapping[str, Any]) -> SamplingParams:

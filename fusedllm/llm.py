@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from fusedllm.engine.engine import Engine
 from fusedllm.engine.results import Completion
 from fusedllm.engine.runner import Runner
 from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
-from fusedllm.kernels.choose import traced_for
+from fusedllm.kernels.choose import platform, traced_for
 from fusedllm.model.params import Params
 from fusedllm.partition import policies
 from fusedllm.partition.ledger import Ledger
@@ -102,7 +103,7 @@ def load(
         use_compilation_cache()
     check_activation_bits(activation_bits)
     with traced_for(policies.find(policy).platform):
-        compute = compute_dtype(dtype)
+        compute, where = compute_dtype(dtype), platform()
         native_kernels = runs_native(implementation)
     if threads is not None:
         set_threads(threads, native_kernels)
@@ -132,7 +133,7 @@ def load(
             )
     if engine is None:
         limit = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
-        engine = EngineConfig(max_context=limit)
+        engine = EngineConfig.suited(where, max_context=limit)
     return LLM(
         config,
         params,
@@ -184,6 +185,9 @@ class LLM:
         self.load_report = load_report
         self.activation_bits = activation_bits or default_activation_bits(config.hidden_size)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
+        if policies.find(policy).platform == "cpu":
+            # The trusted side branches for nothing, and where the host drives it looks at each step.
+            engine = dataclasses.replace(engine, free_steps=0)
         self._applied = policies.apply(
             policy,
             params,

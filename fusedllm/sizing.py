@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from fusedllm.backend import cache_dtype, compute_dtype, runs_native
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
 from fusedllm.engine.memory import available_bytes, cache_tokens_for, weight_bytes
 from fusedllm.errors import RequestError
+from fusedllm.kernels.choose import platform
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.open import open_checkpoint
@@ -62,7 +63,8 @@ def fitting_engine(
     context = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
     if context < 1:
         raise RequestError(f"max_context must be an integer of at least 1, got {context}.")
-    sizes = EngineConfig(max_context=context, batch_buckets=batch_buckets, token_budget=token_budget)
+    wanted = {"max_context": context, "batch_buckets": batch_buckets, "token_budget": token_budget}
+    sizes = EngineConfig.suited(platform(), **wanted)
     tokens = cache_tokens_for(
         config,
         cache_dtype(kv_dtype, jnp.bfloat16 if dtype == "auto" else compute),
@@ -75,6 +77,4 @@ def fitting_engine(
         cache_bytes=size.bytes,
         cache_tokens=size.tokens,
     )
-    return source, EngineConfig(
-        max_context=context, batch_buckets=batch_buckets, token_budget=token_budget, cache_tokens=tokens
-    )
+    return source, replace(sizes, cache_tokens=tokens)

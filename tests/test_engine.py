@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import tiny
 
-from fusedllm.config import SamplingParams
+from fusedllm.config import Sampler, SamplingParams
 from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import LAUNCH_TOKENS, EngineConfig, split_into_chunks
 from fusedllm.engine.pages import PagePool
@@ -209,7 +210,7 @@ def test_a_failed_launch_ends_its_requests_and_nothing_else(tiny_llm, monkeypatc
     runner = tiny_llm.engine.runner
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_decode", interrupted_after_donation(runner))
+        patch.setitem(runner._decode, Sampler.FULL, interrupted_after_donation(runner))
         with pytest.raises(KeyboardInterrupt):
             tiny_llm.generate([ids(5)], max_tokens=8)
     assert tiny_llm.engine.pages_in_use == 0
@@ -305,6 +306,77 @@ def test_nothing_compiles_after_warm_up(tmp_path, source):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_programs_without_branches_make_the_same_tokens(tiny_llm, steps):
+    free = LLM(TINY, random_params(TINY, "float32", seed=1), engine=dataclasses.replace(TINY_ENGINE, free_steps=steps))
+    free.warm_up()
+    launched = spy_on_samplers(free)
+    with forbid_compile():
+        for keywords, sampler in (
+            ({}, Sampler.UNFILTERED),
+            ({"temperature": 0.9}, Sampler.UNFILTERED),
+            ({"temperature": 0.9, "top_p": 0.8}, Sampler.FILTERED),
+            ({"temperature": 0.9, "top_k": 3, "frequency_penalty": 1.0}, Sampler.FULL),
+            ({"logprobs": 2}, Sampler.FULL),
+        ):
+            # Budgets that end in the midst of a turn of the loop, rows that go on while others have ended.
+            prompts = [ids(length, seed=length) for length in (1, 16, 17, 40, 5)]
+            parameters = [SamplingParams(seed=3, max_tokens=many, **keywords) for many in (1, 2, 5, 9, 30)]
+            wanted, found = (run_together(llm, prompts, parameters) for llm in (tiny_llm, free))
+            assert [answer.token_ids for answer in found] == [answer.token_ids for answer in wanted]
+            assert [answer.logprobs for answer in found] == [answer.logprobs for answer in wanted]
+            assert max(launched) is sampler
+            launched.clear()
+
+
+def run_together(llm, prompts, parameters):
+    streams = [llm.stream(prompt, own) for prompt, own in zip(prompts, parameters, strict=True)]
+    # The first one's pieces drive all of them.
+    return [(list(stream), stream.result)[1] for stream in streams]
+
+
+def spy_on_samplers(llm):
+    """The sampler of each decode launch, in a list that grows."""
+    launched, decode = [], llm.engine.runner.decode
+
+    def spied(orders, steps, allowed=None, sampler=Sampler.FULL):
+        launched.append(sampler)
+        assert sampler is Sampler.FULL or steps % llm.engine.config.free_steps == 0
+        return decode(orders, steps, allowed, sampler)
+
+    llm.engine.runner.decode = spied
+    return launched
+
+
+def test_programs_without_branches_ask_the_host_for_nothing():
+    """Neither a branch nor, but for the look at whether it goes on, a loop whose length is not known."""
+    engine = dataclasses.replace(TINY_ENGINE, free_steps=2)
+    llm = LLM(TINY, random_params(TINY, "float32", seed=1), engine=engine, implementation="xla")
+    asked = {
+        sampler: branches(llm.engine.runner.trace_decode(1, sampler).jaxpr.jaxpr)
+        for sampler in (Sampler.UNFILTERED, Sampler.FILTERED, Sampler.FULL)
+    }
+    # The decode loop; attention's loops over pages, for which a GPU has kernels.
+    assert asked[Sampler.UNFILTERED] == {"while": 1 + TINY.num_layers}
+    # Where the candidates do not decide, the whole row does, by two bisections.
+    assert asked[Sampler.FILTERED] == {"while": 1 + TINY.num_layers + 2, "cond": 1}
+    assert asked[Sampler.FULL]["cond"] > 1
+
+
+def branches(jaxpr):
+    """How often a program asks which way to go, by primitive."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("cond", "while"):
+            found[equation.primitive.name] += 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found += branches(inner)
+    return found
+
+
 def test_a_compilation_after_warm_up_is_an_error_with_its_shape(tiny_llm):
     with forbid_compile(), pytest.raises(CompileForbiddenError, match="logits of 5 tokens would compile"):
         tiny_llm.logits(ids(9), chunk=5)
@@ -392,6 +464,8 @@ def test_a_page_that_nobody_holds_can_not_be_given_back():
         ({"cache_tokens": 5}, "at least one request"),
         ({"decode_steps": 1.5}, "decode_steps must be an integer"),
         ({"latency_seconds": -1}, "latency_seconds"),
+        ({"decode_steps": 16, "free_steps": 3}, r"free_steps must be 0 or divide decode_steps \(16\), got 3"),
+        ({"free_steps": -1}, "free_steps"),
     ],
 )
 def test_sizes_that_contradict_one_another_are_refused(values, message):

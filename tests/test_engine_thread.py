@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, TINY_ENGINE
 from serving import settle
 
-from fusedllm.config import SamplingParams
+from fusedllm.config import Sampler, SamplingParams
 from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import EngineConfig
 from fusedllm.engine.engine import Engine
@@ -122,13 +122,13 @@ def test_a_full_queue_is_refused_at_once_and_the_others_are_answered(llm):
 def test_a_failed_step_ends_those_who_were_part_of_it_and_the_engine_goes_on(llm, monkeypatch, caplog):
     runner = llm.engine.runner
     before = Client(llm.engine, ids(5)).tokens()
-    decode = runner._decode
+    decode = runner._decode[Sampler.FULL]
 
     def fails(*arguments):
-        monkeypatch.setattr(runner, "_decode", decode)
+        monkeypatch.setitem(runner._decode, Sampler.FULL, decode)
         raise RuntimeError("a fault of the device")
 
-    monkeypatch.setattr(runner, "_decode", fails)
+    monkeypatch.setitem(runner._decode, Sampler.FULL, fails)
     (*_, last) = Client(llm.engine, ids(5)).all()
     assert last.finish_reason == "error"
     assert Client(llm.engine, ids(5)).tokens() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
+from fusedllm.config import ModelConfig, Sampler, SamplingParams, sampling_from_keywords
 from fusedllm.engine.slots import empty_seats
 from fusedllm.errors import RequestError
 from fusedllm.kernels import draw
@@ -27,6 +28,17 @@ def sample(logits, parameters, count, seen=None):
     return sampling.sample(
         logits, parameters, seen or unseen(vocab, batch), jnp.arange(batch), count, anything, jnp.zeros(batch, bool)
     )
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def sample_by(logits, parameters, count, *, sampler):
+    """`sample` by one of the samplers, and by XLA, whose work they change."""
+    batch, vocab = logits.shape
+    anything = jnp.zeros((batch, -(-vocab // 32)), jnp.uint32)
+    return sampling.sample(
+        logits, parameters, unseen(vocab, batch), jnp.arange(batch), count, anything, jnp.zeros(batch, bool),
+        sampler=sampler, implementation="xla",
+    )  # fmt: skip
 
 
 draw_from_row = jax.jit(draw._draw_from_row)
@@ -107,6 +119,49 @@ def test_frequencies_follow_the_filtered_distribution(filters):
     freedom = keep.sum() - 1
     # Five standard deviations of a chi-square; the seed is fixed.
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("vocab", [40, 64, 65, 3000])
+@given(seed=st.integers(0, 2**31), spread=st.sampled_from([0.1, 3.0, 30.0]))
+@settings(max_examples=20)
+def test_a_smaller_sampler_draws_what_the_full_one_draws(vocab, seed, spread):
+    rng = np.random.default_rng(seed)
+    rows = 8
+    # With ties, and with rows that are greedy.
+    logits = jnp.asarray(np.round(rng.standard_normal((rows, vocab)) * spread, 1), jnp.float32)
+    temperature = rng.choice([0.0, 0.3, 1.0, 5.0], rows)
+    keys = rng.integers(0, 2**32, (rows, 2))
+    count = jnp.asarray(rng.integers(0, 100, rows), jnp.int32)
+    plain = state(vocab, rows, temperature=temperature, key=keys)
+    filtered = plain.replace(
+        top_k=jnp.asarray(rng.choice([0, 1, 5, 70], rows), jnp.int32),
+        top_p=jnp.asarray(rng.choice([0.1, 0.9, 1.0], rows), jnp.float32),
+        min_p=jnp.asarray(rng.choice([0.0, 0.05], rows), jnp.float32),
+    )
+    for parameters, sampler in ((plain, Sampler.UNFILTERED), (plain, Sampler.FILTERED), (filtered, Sampler.FILTERED)):
+        wanted = sample_by(logits, parameters, count, sampler=Sampler.FULL)
+        np.testing.assert_array_equal(sample_by(logits, parameters, count, sampler=sampler), wanted)
+
+
+@pytest.mark.parametrize(
+    ("values", "constrained", "wanted"),
+    [
+        ({}, False, Sampler.UNFILTERED),
+        ({"temperature": 1.0, "seed": 4}, False, Sampler.UNFILTERED),
+        # Filters that no draw meets.
+        ({"top_p": 0.5, "top_k": 3}, False, Sampler.UNFILTERED),
+        ({"temperature": 1.0, "top_p": 0.5}, False, Sampler.FILTERED),
+        ({"temperature": 1.0, "top_k": 5}, False, Sampler.FILTERED),
+        ({"temperature": 1.0, "min_p": 0.5}, False, Sampler.FILTERED),
+        ({"logprobs": 0}, False, Sampler.FULL),
+        ({"logit_bias": {1: 2.0}}, False, Sampler.FULL),
+        ({"frequency_penalty": 0.5}, False, Sampler.FULL),
+        ({"repetition_penalty": 1.5}, False, Sampler.FULL),
+        ({}, True, Sampler.FULL),
+    ],
+)
+def test_the_sampler_of_a_request_has_what_it_asks_for(values, constrained, wanted):
+    assert Sampler.of(SamplingParams(**values), constrained) is wanted
 
 
 def test_zero_temperature_takes_the_first_of_the_largest():

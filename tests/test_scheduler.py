@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedllm.config import SamplingParams
+from fusedllm.config import Sampler, SamplingParams
 from fusedllm.engine.config import EngineConfig
 from fusedllm.engine.pages import Pages
 from fusedllm.engine.prefix import PrefixCache
@@ -143,12 +144,19 @@ def expected(sequence: Sequence) -> list[int]:
 
 
 @settings(max_examples=400)
-@given(seed=st.integers(0, 2**32), share=st.booleans(), cache_tokens=st.sampled_from([64, 96, 300]))
-def test_every_token_is_accounted_for_under_random_arrivals_cancels_and_preemptions(seed, share, cache_tokens):
+@given(
+    seed=st.integers(0, 2**32),
+    share=st.booleans(),
+    cache_tokens=st.sampled_from([64, 96, 300]),
+    free_steps=st.sampled_from([0, 3]),
+)
+def test_every_token_is_accounted_for_under_random_arrivals_cancels_and_preemptions(
+    seed, share, cache_tokens, free_steps
+):
     rng = random.Random(seed)
     config = EngineConfig(
         max_context=64, page_size=4, cache_tokens=cache_tokens, prefill_buckets=(4, 8, 16), batch_buckets=(1, 2, 4),
-        decode_steps=6, token_budget=8, prefix_cache=share,
+        decode_steps=6, token_budget=8, prefix_cache=share, free_steps=free_steps,
     )  # fmt: skip
     device = FakeDevice(config)
     starts = [[rng.randrange(90) for _ in range(40)] for _ in range(2)]
@@ -263,6 +271,24 @@ def test_launches_are_long_only_while_nobody_waits():
     assert plans[-1].steps == STEPS_WHILE_WAITING
 
 
+class Anything:
+    def mask(self):
+        return np.full(4, 2**32 - 1, np.uint32)
+
+    def accept(self, token):
+        self.taken = [*getattr(self, "taken", []), token]
+
+
+def test_steps_that_nobody_is_asked_for_are_whole_turns_but_with_a_grammar():
+    config = dataclasses.replace(SMALL, free_steps=3)
+    for options, wanted in (({}, [3, 6]), ({"constraint": Anything()}, [1])):
+        device = FakeDevice(config)
+        device.scheduler.add(request(range(5), budget=20, **options))
+        plans = [device.step(steps) for steps in (6, 1, 2, 4, 6)]
+        assert sorted({plan.steps for plan in plans if plan.rows}) == wanted
+        assert {plan.sampler is Sampler.FULL for plan in plans if plan.rows} == {bool(options)}
+
+
 def test_a_lower_priority_goes_first_and_waiting_makes_up_for_it():
     config = EngineConfig(max_context=64, page_size=4, prefill_buckets=(4,), batch_buckets=(1,), token_budget=4)
     device = FakeDevice(config)
@@ -288,14 +314,6 @@ def test_a_request_past_its_deadline_is_named():
 
 def test_a_step_with_a_grammar_is_one_step():
     device = FakeDevice(SMALL)
-
-    class Anything:
-        def mask(self):
-            return np.full(4, 2**32 - 1, np.uint32)
-
-        def accept(self, token):
-            self.taken = [*getattr(self, "taken", []), token]
-
     grammar = Anything()
     device.scheduler.add(sequence := request([1], 5, constraint=grammar))
     while not sequence.finished:

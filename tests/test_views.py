@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY, TINY_ENGINE
 from test_masked import boundary_of
 
+from fusedllm.config import Sampler
 from fusedllm.engine.runner import orders
 from fusedllm.errors import BoundaryError
 from fusedllm.kernels.ring_linear import ring_linear
@@ -55,7 +56,7 @@ def of_the_engine(llm: LLM) -> list[DeviceProgram]:
             (Label.WEIGHTS, Label.OUTPUT, Label.LENGTHS, Label.OUTPUT, Label.ACTIVATIONS, Label.OUTPUT),
         ),
         named(
-            "decode", runner._decode,
+            "decode", runner._decode[Sampler.FULL],
             (runner._params, runner._cache, runner._seats, orders(runner.engine, [], 1), np.int32(1),
              runner._all_allowed[1]),
             (Label.WEIGHTS, Label.KV_CACHE, Label.OUTPUT, Label.LENGTHS, Label.LENGTHS, Label.OUTPUT),

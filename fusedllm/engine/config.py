@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fusedllm.errors import RequestError
 
@@ -13,6 +15,20 @@ DEFAULT_MAX_CONTEXT = 4096
 
 # Larger chunks are hardly faster.
 DEFAULT_TOKEN_BUDGET = 256
+
+
+# What suits a device, by jax's name for its platform, where nobody says otherwise. A GPU's are reasoned, not measured:
+# a prompt of 1,024 tokens is as many operations as it takes to fill one, a step takes a millisecond, and each look at
+# whether it goes on some hundredths of one.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "gpu": {
+        "prefill_buckets": (16, 64, 256, 1024, 2048),
+        "batch_buckets": (1, 2, 4, 8, 16, 32),
+        "decode_steps": 32,
+        "free_steps": 4,
+        "token_budget": 1024,
+    }
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,9 @@ class EngineConfig:
       token_budget: the most prompt tokens that are computed between two decode steps while requests decode; by default
         256, or the smallest prefill bucket if that is larger.
       prefix_cache: whether prompts that begin alike share pages.
+      free_steps: decode steps that a program makes before it looks whether any request goes on, where its requests ask
+        for so little of sampling that it needs no branches (`fusedllm.config.Sampler`); they divide `decode_steps`. For
+        GPUs, where each branch waits for the host: 0 where there shall be no such programs.
 
     Raises:
       RequestError: sizes that contradict one another.
@@ -45,6 +64,7 @@ class EngineConfig:
     latency_seconds: float = 0.035
     token_budget: int = 0
     prefix_cache: bool = True
+    free_steps: int = 0
 
     def __post_init__(self) -> None:
         if not self.cache_tokens:
@@ -56,6 +76,10 @@ class EngineConfig:
                 raise RequestError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
         if not self.latency_seconds > 0:
             raise RequestError(f"latency_seconds must be a positive number, got {self.latency_seconds!r}.")
+        if not (_is_count(self.free_steps) or self.free_steps == 0) or self.decode_steps % (self.free_steps or 1):
+            raise RequestError(
+                f"free_steps must be 0 or divide decode_steps ({self.decode_steps}), got {self.free_steps!r}."
+            )
         if self.cache_tokens < self.max_context:
             raise RequestError(
                 f"the KV cache must hold at least one request of {self.max_context} tokens, "
@@ -75,6 +99,11 @@ class EngineConfig:
             raise RequestError(
                 f"prefill_buckets must be multiples of page_size ({self.page_size}), got {self.prefill_buckets!r}."
             )
+
+    @classmethod
+    def suited(cls, platform: str, **sizes: Any) -> EngineConfig:
+        """`sizes`, and for the others what suits `platform` (jax's name for it)."""
+        return cls(**{**SHAPES.get(platform, {}), **sizes})
 
     @property
     def table_entries(self) -> int:

@@ -319,7 +319,7 @@ class Engine:
             decoding = self._scheduler.num_decoding
             if self._scheduler.constrained:
                 self._read_all()
-            elif decoding and len(self._flights) and not self.runner.has_decoded(decoding):
+            elif decoding and len(self._flights) and not self.runner.has_decoded(decoding, self._scheduler.sampler):
                 # Its program is yet to be made: those who have their first token should not wait for that.
                 self._read_all()
                 return

@@ -13,7 +13,7 @@ import numpy as np
 from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.request import Sequence as Request
 from fusedllm.engine.runner import Runner, orders
-from fusedllm.engine.scheduler import DecodeRow, Job, Plan, PrefillChunk, Scheduler
+from fusedllm.engine.scheduler import Job, Plan, PrefillChunk, Scheduler
 from fusedllm.engine.slots import NO_TOKEN, StepOutputs
 from fusedllm.model.sampling import Logprobs
 
@@ -93,7 +93,7 @@ class Flights:
         # Known before it is complete: what a failed launch leaves behind is cleared with all others.
         self._flights.append(flight)
         if plan.rows:
-            flight.launches.append(self._launch_decode(plan.rows, plan.steps))
+            flight.launches.append(self._launch_decode(plan))
         for chunk in plan.chunks:
             flight.last_hidden = self._launch_chunk(chunk, flight)
 
@@ -109,7 +109,8 @@ class Flights:
             self._runner.wait(flight.last_hidden)
             self._measure_chunks(flight.buckets)
 
-    def _launch_decode(self, rows: Sequence[DecodeRow], steps: int) -> _Launch:
+    def _launch_decode(self, plan: Plan) -> _Launch:
+        rows = plan.rows
         seats = [(_seat(row.job), row.entry, row.pages) for row in rows]
         order = orders(self._runner.engine, seats)
         allowed = None
@@ -118,8 +119,8 @@ class Flights:
             for index, row in enumerate(rows):
                 if row.job.mask is not None:
                     allowed[index] = row.job.mask
-        outputs = self._runner.decode(order, steps, allowed)
-        return _Launch(outputs, tuple((row.job, row.job.turn) for row in rows), steps)
+        outputs = self._runner.decode(order, plan.steps, allowed, plan.sampler)
+        return _Launch(outputs, tuple((row.job, row.job.turn) for row in rows), plan.steps)
 
     def _launch_chunk(self, chunk: PrefillChunk, flight: _Flight) -> jax.Array:
         job, sequence = chunk.job, chunk.job.sequence

@@ -6,15 +6,16 @@ They are pure functions of device state; `runner.py` compiles and launches them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from fusedllm.config import ModelConfig
+from fusedllm.config import ModelConfig, Sampler
 from fusedllm.engine import segments
 from fusedllm.engine.slots import Seats, SlotState, StepOutputs
 from fusedllm.model.cache import KVCache
@@ -112,8 +113,13 @@ class Programs:
         steps: Int[Array, ""],
         allowed: UInt32[Array, "batch words"],
         most: int,
+        sampler: Sampler = Sampler.FULL,
+        free_steps: int = 1,
     ) -> tuple[KVCache, Seats, StepOutputs]:
         """Makes up to `steps` (at most `most`) tokens in each row of `orders` whose slot is active.
+
+        No row asks for more than `sampler` has. Whether any of them goes on is looked at every `free_steps`; with more
+        than one, `loop` must be part of the program.
 
         A row is `(seat, whether it is to run, first entry of its page table to set, pages to set it to)`; the pages
         that there are not are negative. Rows that are not to run name seats that no other row names.
@@ -129,13 +135,18 @@ class Programs:
             hidden, cache = self._forward(params, cache, tokens, start, table)
             logits = vocabulary_logits(self.placement, params, self._trusted(segments.rows_of, hidden))
             seen = Seen(in_prompt=in_prompt, output_counts=made.counts)
-            token, chosen = self._choose(logits, made.slots, seen, rows, allowed)
+            token, chosen = self._choose(logits, made.slots, seen, rows, allowed, sampler)
             made = self._trusted(
                 segments.recorded, made.step, steps, made.slots, rows, made.counts, made.outputs, token, chosen
             )
             return made, cache
 
-        made, cache = self.placement.loop(lambda carry: carry[0].goes_on, step, (begun, cache))
+        def several(carry: tuple[segments.Progress, KVCache]) -> tuple[segments.Progress, KVCache]:
+            # Of a fixed length, so that nobody is asked; a step that is one too many works on no row.
+            return jax.lax.fori_loop(0, free_steps, lambda _, carry: _unless_ended(step, *carry), carry)
+
+        body = step if free_steps == 1 else several
+        made, cache = self.placement.loop(lambda carry: carry[0].goes_on, body, (begun, cache))
         slots = self._trusted(segments.returned, all_slots, rows, made.slots)
         return cache, Seats(slots=slots, seen=Seen(in_prompt=in_prompt, output_counts=made.counts)), made.outputs
 
@@ -162,12 +173,31 @@ class Programs:
         )
 
     def _choose(
-        self, logits: Numbers, slots: SlotState, seen: Seen, rows: jax.Array | np.ndarray, allowed: jax.Array
+        self,
+        logits: Numbers,
+        slots: SlotState,
+        seen: Seen,
+        rows: jax.Array | np.ndarray,
+        allowed: jax.Array,
+        sampler: Sampler = Sampler.FULL,
     ) -> tuple[jax.Array, Logprobs]:
         return self.placement.protected(
-            Site("sampling"), segments.chosen, logits, slots, seen, rows, allowed, implementation=self.implementation
-        )
+            Site("sampling"), segments.chosen, logits, slots, seen, rows, allowed,
+            sampler=sampler, implementation=self.implementation,
+        )  # fmt: skip
 
     def _trusted(self, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
         """One of `segments`, where the trust is."""
         return self.placement.protected(Site(function.__name__), function, *operands, **static)
+
+
+def _unless_ended(
+    step: Callable[[tuple[segments.Progress, KVCache]], tuple[segments.Progress, KVCache]],
+    made: segments.Progress,
+    cache: KVCache,
+) -> tuple[segments.Progress, KVCache]:
+    """`step`; where the program has ended it works on no row, and changes none."""
+    running = replace(made.slots, active=made.slots.active & made.goes_on)
+    after, cache = step((replace(made, slots=running), cache))
+    active = jnp.where(made.goes_on, after.slots.active, made.slots.active)
+    return replace(after, slots=replace(after.slots, active=active)), cache

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fusedllm.config import ModelConfig, SamplingParams
+from fusedllm.config import ModelConfig, Sampler, SamplingParams
 from fusedllm.engine import request as engine_request
 from fusedllm.engine.compile_guard import compile_is_forbidden
 from fusedllm.engine.config import EngineConfig, split_into_chunks
@@ -74,8 +74,18 @@ class Runner:
         self._score = placement.compile(programs.score, donate_argnums=1)
         self._prefill_scored = placement.compile(programs.prefill_scored, donate_argnums=1)
         self._admit = placement.compile(programs.admit, donate_argnums=1)
-        decode = functools.partial(programs.decode, most=engine.decode_steps)
-        self._decode = placement.compile(decode, donate_argnums=(1, 2))
+        self._decode = {
+            sampler: placement.compile(
+                functools.partial(
+                    programs.decode,
+                    most=engine.decode_steps,
+                    sampler=sampler,
+                    free_steps=1 if sampler is Sampler.FULL else engine.free_steps,
+                ),
+                donate_argnums=(1, 2),
+            )
+            for sampler in (tuple(Sampler) if engine.free_steps else (Sampler.FULL,))
+        }
         # Where the parameters are, and bound to it: a program is compiled once for state that is bound to a place and
         # once for state that is not, and what comes out of a launch is bound.
         home = params.final_norm.sharding
@@ -184,14 +194,18 @@ class Runner:
         )
         return outputs
 
-    def decode(self, orders: np.ndarray, steps: int, allowed: np.ndarray | None = None) -> StepOutputs:
+    def decode(
+        self, orders: np.ndarray, steps: int, allowed: np.ndarray | None = None, sampler: Sampler = Sampler.FULL
+    ) -> StepOutputs:
         """Makes up to `steps` tokens in each row of `orders` (int32 `[batch, 3 + new_pages]`, see `Programs.decode`).
 
-        `allowed` (uint32 `[batch, words]`) are the masks of rows that follow a grammar.
+        `allowed` (uint32 `[batch, words]`) are the masks of rows that follow a grammar. No row asks for more than
+        `sampler` has.
         """
-        batch = orders.shape[0]
+        batch, sampler = orders.shape[0], self._made(sampler)
         self._cache, self._seats, outputs = self._launch(
-            _decode_name(batch), self._decode, self._params, self._cache, self._seats, orders, np.int32(steps),
+            _decode_name(batch, sampler), self._decode[sampler],
+            self._params, self._cache, self._seats, orders, np.int32(steps),
             self._all_allowed[batch] if allowed is None else self._to_device(allowed),
         )  # fmt: skip
         return outputs
@@ -200,9 +214,13 @@ class Runner:
         """Masks for `decode` that allow every token."""
         return np.full((batch, self._words), ALL_BITS, np.uint32)
 
-    def has_decoded(self, requests: int) -> bool:
+    def has_decoded(self, requests: int, sampler: Sampler) -> bool:
         """Whether the program that decodes `requests` together has been made."""
-        return _decode_name(self.engine.batch_bucket(requests)) in self._compiled
+        return _decode_name(self.engine.batch_bucket(requests), self._made(sampler)) in self._compiled
+
+    def _made(self, sampler: Sampler) -> Sampler:
+        """The least of those that there are programs of, which has what `sampler` has."""
+        return min(found for found in self._decode if found >= sampler)
 
     def wait(self, hidden: jax.Array) -> None:
         """Waits until a prefill has run."""
@@ -230,21 +248,25 @@ class Runner:
         # One step is really made: where the host drives, a program is compiled as far as it runs.
         request = engine_request.Sequence((0,), SamplingParams(), frozenset(), budget=2, seed=0)
         for batch in self.engine.batch_buckets:
-            self.admit(0, request, (0,), (), hidden)
-            on_program(_decode_name(batch))
-            outputs = self.decode(orders(self.engine, [(0, 0, ())], batch), 1)
+            for sampler in self._decode:
+                self.admit(0, request, (0,), (), hidden)
+                on_program(_decode_name(batch, sampler))
+                outputs = self.decode(orders(self.engine, [(0, 0, ())], batch), 1, sampler=sampler)
         jax.block_until_ready(outputs)
 
     def warm_up_scores(self, bucket: int) -> None:
         """Compiles the prefill that makes log-probabilities of the prompt."""
         jax.block_until_ready(self.prefill([0], 0, bucket, (), targets=[0]))
 
+    def trace_decode(self, batch: int, sampler: Sampler = Sampler.UNFILTERED) -> Any:
+        """The decode program of `batch` rows, traced (`jax.stages.Traced`): to be looked at, not to be launched."""
+        idle, allowed = orders(self.engine, [], batch), self._all_allowed[batch]
+        decode: Any = self._decode[self._made(sampler)]
+        return decode.trace(self._params, self._cache, self._seats, idle, np.int32(1), allowed)
+
     def memory_analysis(self, batch: int) -> Any:
         """XLA's memory analysis of the decode program: how many bytes are aliased, and how many temporary."""
-        idle, allowed = orders(self.engine, [], batch), self._all_allowed[batch]
-        arguments = (self._params, self._cache, self._seats, idle, np.int32(1), allowed)
-        decode: Any = self._decode
-        return decode.lower(*arguments).compile().memory_analysis()
+        return self.trace_decode(batch).lower().compile().memory_analysis()
 
     @property
     def cache_bytes(self) -> int:
@@ -347,8 +369,9 @@ def orders(
     return made
 
 
-def _decode_name(batch: int) -> str:
-    return f"decode of {batch} slots"
+def _decode_name(batch: int, sampler: Sampler) -> str:
+    kind = "" if sampler is Sampler.FULL else f" ({sampler.name.lower()})"
+    return f"decode of {batch} slots{kind}"
 
 
 def _padded(values: Sequence[float], length: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fusedllm.config import Sampler
 from fusedllm.engine.config import EngineConfig, split_into_chunks
 from fusedllm.engine.pages import Holding, Pages
 from fusedllm.engine.request import Chunk, FinishReason, Sequence, TokenLogprob
@@ -94,11 +95,20 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to launch next: `steps` decode steps of all rows, then chunks of prompts in their order."""
+    """What to launch next: `steps` decode steps of all rows, then chunks of prompts in their order.
+
+    No row asks for more than `sampler` has.
+    """
 
     rows: tuple[DecodeRow, ...]
     steps: int
     chunks: tuple[PrefillChunk, ...]
+    sampler: Sampler = Sampler.FULL
+
+
+def _sampler(jobs: list[Job]) -> Sampler:
+    needs = [Sampler.of(job.sequence.sampling, job.sequence.constraint is not None) for job in jobs]
+    return max(needs, default=Sampler.UNFILTERED)
 
 
 class Scheduler:
@@ -127,6 +137,11 @@ class Scheduler:
     def num_decoding(self) -> int:
         """Requests that have been prefilled."""
         return sum(job.decoding for job in self._running)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The smallest that has what all requests ask for that have been prefilled."""
+        return _sampler([job for job in self._running if job.decoding])
 
     @property
     def num_waiting(self) -> int:
@@ -188,13 +203,17 @@ class Scheduler:
             steps = min(steps, STEPS_WHILE_WAITING)
         if any(job.sequence.constraint is not None for job in decoding):
             steps = 1
+        sampler = _sampler(decoding)
+        if self.config.free_steps and sampler < Sampler.FULL:
+            # They are made anyway.
+            steps = -(-steps // self.config.free_steps) * self.config.free_steps
         # First, as they may take pages from those that came last.
         rows = self._plan_rows(decoding, steps)
         for row in rows:
             row.job.drawn = min(row.job.drawn + steps, row.job.sequence.budget)
         largest = self.config.prefill_buckets[-1]
         chunks = tuple(self._plan_chunks(min(budget or self.config.token_budget, largest) if rows else largest))
-        return Plan(rows, steps, chunks) if chunks or rows else None
+        return Plan(rows, steps, chunks, sampler) if chunks or rows else None
 
     def accept(self, job: Job, turn: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> Chunk | None:
         """Takes the tokens that a launch of the job's `turn` made; `None` where the job no longer wants them."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from fusedllm.config import SamplingParams
+from fusedllm.config import Sampler, SamplingParams
 from fusedllm.engine.slots import NO_TOKEN, Seats, SlotState, StepOutputs
 from fusedllm.model.cache import NULL_PAGE
 from fusedllm.model.sampling import Logprobs, Seen, logprobs, sample
@@ -109,13 +109,17 @@ def chosen(
     rows: Int[Array, " batch"],
     allowed: jax.Array,
     *,
+    sampler: Sampler,
     implementation: str | None,
 ) -> tuple[Int[Array, " batch"], Logprobs]:
     """The next token of each slot, and its log-probabilities where one of them wants any."""
     constrained = slots.constrained & slots.active
     token = sample(
-        logits, slots.sampling, seen, rows, slots.generated, allowed, constrained, implementation=implementation
-    )
+        logits, slots.sampling, seen, rows, slots.generated, allowed, constrained, sampler=sampler,
+        implementation=implementation,
+    )  # fmt: skip
+    if sampler < Sampler.FULL:
+        return token, _no_logprobs(*logits.shape)
     return token, lax.cond(
         jnp.any(slots.wants_logprobs & slots.active),
         lambda: logprobs(logits, token, SamplingParams.MAX_LOGPROBS),

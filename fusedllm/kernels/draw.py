@@ -13,7 +13,7 @@ a filter, the thresholds are found exactly in the whole row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,11 @@ STRETCH = 256
 FLOAT_BITS = 32
 
 
+# What is known of the rows when a program is made: nothing; that most of them draw; or that they draw without filters.
+# A GPU asks the host which way a branch goes, so that one is worth more there than what it saves.
+Work = Literal["any", "drawn", "unfiltered"]
+
+
 class Filters(NamedTuple):
     """What each row is drawn with; see `fusedllm.config.SamplingParams`."""
 
@@ -50,21 +55,24 @@ def draw(
     min_p: Float[Array, " batch"],
     uniform: Float[Array, " batch"],
     *,
+    work: Work = "any",
     implementation: str | None = None,
 ) -> Int[Array, " batch"]:
     """The token that `uniform`, in [0, 1), picks from what the filters leave; with temperature 0 the likeliest.
 
     Of equal logits the lower id is the likelier one. Where the candidates decide, tokens are passed from the likeliest
     down, otherwise by id; the native implementation (`"ffi"`) does the same, with sums that may round differently.
+    `work` is what the caller knows of the rows; the tokens are the same.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, or can't run here.
     """
     function = choose("draw", {"xla": _draw_xla, "ffi": _draw_ffi}, implementation)
-    return function(logits, Filters(temperature, top_k, top_p, min_p), uniform)
+    return function(logits, Filters(temperature, top_k, top_p, min_p), uniform, work)
 
 
-def _draw_ffi(logits: jax.Array, filters: Filters, uniform: jax.Array) -> jax.Array:
+def _draw_ffi(logits: jax.Array, filters: Filters, uniform: jax.Array, work: Work) -> jax.Array:
+    del work
     call = jax.ffi.ffi_call("fusedllm_draw", jax.ShapeDtypeStruct((logits.shape[0],), jnp.int32))
     tokens: jax.Array = call(
         logits.astype(jnp.float32),
@@ -77,18 +85,23 @@ def _draw_ffi(logits: jax.Array, filters: Filters, uniform: jax.Array) -> jax.Ar
     return tokens
 
 
-def _draw_xla(logits: jax.Array, filters: Filters, uniform: jax.Array) -> jax.Array:
+def _draw_xla(logits: jax.Array, filters: Filters, uniform: jax.Array, work: Work) -> jax.Array:
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     is_greedy = filters.temperature <= 0
-    return lax.cond(
-        jnp.all(is_greedy), lambda: greedy, lambda: jnp.where(is_greedy, greedy, _draw(logits, filters, uniform))
-    )
+
+    def drawn() -> jax.Array:
+        return jnp.where(is_greedy, greedy, _draw(logits, filters, uniform, work))
+
+    return lax.cond(jnp.all(is_greedy), lambda: greedy, drawn) if work == "any" else drawn()
 
 
-def _draw(logits: jax.Array, filters: Filters, uniform: jax.Array) -> jax.Array:
+def _draw(logits: jax.Array, filters: Filters, uniform: jax.Array, work: Work) -> jax.Array:
     temperature = jnp.where(filters.temperature > 0, filters.temperature, 1.0)
     # From the largest down, so that the smallest temperature makes an infinity only of what can't be drawn.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None]
+    if work == "unfiltered" and scaled.shape[-1] > CANDIDATES:
+        # No token is left out, so that the candidates would decide nothing.
+        return _inverse_cdf(jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), uniform)
     token, complete = _draw_from_candidates(scaled, filters, uniform)
     complete |= filters.temperature <= 0
     rest = lax.cond(jnp.all(complete), lambda: token, lambda: _draw_from_row(scaled, filters, uniform))

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from fusedllm.kernels.draw import draw
+from fusedllm.config import Sampler
+from fusedllm.kernels.draw import Work, draw
 
 # Below all logits, biases and penalties; finite, as draws scale it by the temperature and compare.
 FORBIDDEN = -1e30
+
+
+# What `draw` has to do for each.
+_WORK: dict[Sampler, Work] = {Sampler.UNFILTERED: "unfiltered", Sampler.FILTERED: "drawn", Sampler.FULL: "any"}
 
 
 @flax.struct.dataclass
@@ -64,14 +69,18 @@ def sample(
     allowed: UInt32[Array, "batch words"],
     constrained: Bool[Array, " batch"],
     *,
+    sampler: Sampler = Sampler.FULL,
     implementation: str | None = None,
 ) -> Int[Array, " batch"]:
-    """The next token of each row.
+    """The next token of each row, none of which asks for more than `sampler` has.
 
     `rows` are the seats of `seen` that belong to the rows. `count` is how many tokens the request has generated before:
     with the request's key it alone decides the random number, so a request draws the same in any company. Of a row
     that is `constrained`, only tokens whose bit is set in `allowed` (bit `t % 32` of word `t // 32`) are drawn.
     """
+    if sampler < Sampler.FULL:
+        uniform = jax.vmap(_uniform)(state.key, count)
+        return _drawn(logits, state, uniform, sampler, implementation)
     adjusted = lax.cond(jnp.any(_has_adjustment(state)), lambda: adjust(logits, state, seen.of(rows)), lambda: logits)
     adjusted = lax.cond(jnp.any(constrained), lambda: forbid(adjusted, allowed, constrained), lambda: adjusted)
     uniform = lax.cond(
@@ -79,9 +88,14 @@ def sample(
         lambda: jax.vmap(_uniform)(state.key, count),
         lambda: jnp.zeros(logits.shape[0], jnp.float32),
     )
-    return draw(
-        adjusted, state.temperature, state.top_k, state.top_p, state.min_p, uniform, implementation=implementation
-    )
+    return _drawn(adjusted, state, uniform, sampler, implementation)
+
+
+def _drawn(
+    logits: jax.Array, state: SamplingState, uniform: jax.Array, sampler: Sampler, implementation: str | None
+) -> jax.Array:
+    filters = (state.temperature, state.top_k, state.top_p, state.min_p)
+    return draw(logits, *filters, uniform, work=_WORK[sampler], implementation=implementation)
 
 
 def forbid(
