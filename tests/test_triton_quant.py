@@ -343,10 +343,14 @@ def test_rounding_by_comparisons_is_rounding_to_even(numbers):
     np.testing.assert_array_equal(jax.jit(round_to_even)(x), np.round(x))
 
 
-def test_every_float8_is_decoded_as_the_format_says():
+@pytest.mark.parametrize("capability", [8.0, 8.9])
+def test_every_float8_is_decoded_as_the_format_says(capability):
     codes = np.arange(256).astype(np.uint8)
     wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    found = np.asarray(from_float8(jnp.asarray(codes.view(np.int8))))
+    with traced_for("gpu", capability):
+        program = jax.make_jaxpr(lambda x: from_float8(x))(jnp.asarray(codes.view(np.int8)))
+    assert ("f8_e4m3" in str(program)) == (capability == 8.9)
+    (found,) = map(np.asarray, jax.core.eval_jaxpr(program.jaxpr, program.consts, jnp.asarray(codes.view(np.int8))))
     np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
     assert_same_bits(found[~np.isnan(found)], wanted[~np.isnan(wanted)])
 

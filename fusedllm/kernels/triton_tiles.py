@@ -21,11 +21,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme
+from fusedllm.kernels.pallas_support import compute_capability
 
 # A float8 e4m3fn has four bits of exponent with a bias of 7, and three of mantissa; a float32 has 8, 127 and 23.
 FLOAT8_LEAST_NORMAL = 2.0**-6
 FLOAT8_LEAST = 2.0**-9
 FLOAT8_NAN = 0x7F
+
+# GPUs of NVIDIA from Ada on convert it.
+FLOAT8_CAPABILITY = 8.9
 
 
 def launch(
@@ -164,7 +168,10 @@ def unit(bits: int) -> tuple[int, int]:
 
 
 def from_float8(codes: jax.Array) -> jax.Array:
-    """The float32 values of the float8 e4m3fn whose bits are int8 `codes`; native casts need compute capability 8.9."""
+    """The float32 values of the float8 e4m3fn whose bits are int8 `codes`, by the chip's own cast where it has one."""
+    capability = compute_capability()
+    if capability is not None and capability >= FLOAT8_CAPABILITY:
+        return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
     bits = codes.astype(jnp.int32)
     # Shifted to where a float16 has them, exponent and mantissa are a number 2 ** 8 times as small, denormal or not.
     shifted = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).astype(jnp.uint16)
