@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,15 +37,23 @@ def launch(
     warps: int,
     stages: int,
     interpret: bool,
+    updated: Mapping[int, int] = MappingProxyType({}),
 ) -> Sequence[jax.Array]:
     """The results of `kernel`, which gets references to all operands and results, for each point of `grid`.
+
+    `updated` maps numbers of operands to those of results that are the same memory, written in part.
 
     The only place that says which of Pallas's backends lowers a kernel: Triton's, for GPUs of NVIDIA and AMD. (It warns
     that it is deprecated from jax 0.11 on; its successor lowers for Hopper and newer GPUs of NVIDIA only.)
     """
     parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
     results: Sequence[jax.Array] = pl.pallas_call(
-        kernel, out, grid=grid, compiler_params=parameters, interpret=interpret
+        kernel,
+        out,
+        grid=grid,
+        compiler_params=parameters,
+        interpret=interpret,
+        input_output_aliases=dict(updated),
     )(*operands)
     return results
 
