@@ -50,7 +50,8 @@ def cached_attention(
 
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
     and refuses positions below zero and pages that the cache does not have when it runs. `"triton"` does all of this in
-    one or two kernels for a single new position, in place and with nothing in the null page, and attends alone for more.
+    one or two kernels for a single new position, in place too and with nothing written to the null page; for more it
+    attends, and the rest is XLA's.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.

@@ -20,7 +20,8 @@ from jax.experimental.pallas import triton
 
 from fusedllm.kernels import e4m3
 from fusedllm.kernels.attention import MASKED
-from fusedllm.kernels.attention_tiles import Keys, Layout, State, from_held, nothing_seen, power_of_two, weighted
+from fusedllm.kernels.attention_tiles import Keys, Layout, State, from_held, nothing_seen, weighted
+from fusedllm.kernels.pallas_support import power_of_two
 from fusedllm.kernels.triton_tiles import FLOAT8_NAN, iota, launch, round_to_even, to_float8
 from fusedllm.kernels.write_pages import NULL_PAGE
 
@@ -57,8 +58,12 @@ WIDE_BLOCKS = (
     Blocks(width=256, keys=16, warps=4, stages=2),
 )
 
-# Reasoned, not measured. An H200 has 132 processors, and with two programs each one reads while the other begins or ends.
-PROGRAMS = 264
+# Reasoned, not measured. An H200 has 132 processors, and the shared memory of each has room for four programs with 53 KiB:
+# some read while others begin or end, and the parts of a long row of a batch run beside those of short ones.
+PROGRAMS = 528
+
+# A program that adds up holds a part of each in registers.
+MOST_SPLITS = 64
 
 # Keys that are worth a program of their own; and of a table that is so short that one program for each KV head takes no
 # longer than the launch of a second kernel.
@@ -69,7 +74,7 @@ MOST_KEYS_ALONE = 1024
 MOST = 127
 
 # Warps of a program that adds up.
-SUM_WARPS = 2
+SUM_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class Plan:
         blocks = next(blocks for blocks in table if layout.width <= blocks.width)
         most = layout.positions if layout.window is None else min(layout.window, layout.positions)
         wanted = 1 if most <= MOST_KEYS_ALONE else PROGRAMS // (batch * kv_heads)
-        splits = max(1, min(wanted, most // LEAST_KEYS))
+        splits = max(1, min(wanted, most // LEAST_KEYS, MOST_SPLITS))
         return cls(blocks, power_of_two(layout.group), splits, LEAST_KEYS // blocks.keys)
 
     def range_of(self, split: Any, begin: Any, end: Any) -> tuple[Any, Any, Any]:
@@ -152,7 +157,8 @@ def decode_attention_triton(
     if plan.splits > 1:
         kernel = functools.partial(_sum, layout=layout, plan=plan)
         operands = (positions[1], *found[: len(results)])
-        found = launch(kernel, (heads, batch), [mixed], *operands, warps=SUM_WARPS, stages=1, interpret=interpret)
+        grid = (heads, batch)
+        found[:1] = launch(kernel, grid, [mixed], *operands, warps=SUM_WARPS, stages=1, interpret=interpret)
     return found[0].reshape(q.shape), updated
 
 
@@ -177,29 +183,24 @@ def _split(*refs: Any, layout: Layout, plan: Plan) -> None:
     def _() -> None:
         turn = _Rotation.of(cos, sin, row, layout)
         queries = turn(q, (row, query_head[:, None]), mask).astype(q.dtype)
-        newest = [
-            _as_held(x, held.dtype)
-            for x, held in zip((turn(k, (row, head), inside), _load(v, (row, head, column), inside)), pages, strict=False)
-        ]
+        key, value = turn(k, (row, head), inside), _load(v, (row, head, column), inside)
+        newest = [_as_held(x, pages[0].dtype) for x in (key, value)]
         _write(newest, updated, page_table, row, head, begin, split == 0, layout)
         state = _where(split == 0, _newest_seen(queries, newest, layout), nothing_seen(plan.rows, layout.width))
-        keys = Keys(layout, tuple(pages), page_table, row, head)
+        keys = Keys(layout, tuple(pages), page_table, row, head, plan.blocks.keys, bounds)
 
         def visible(key: jax.Array) -> jax.Array:
             return (key >= bounds[0]) & (key < bounds[1])
 
-        def visit(index: Any, state: State) -> State:
-            return keys.visit(queries, state, index, plan.blocks.keys, bounds, visible)
-
-        state = jax.lax.fori_loop(first, behind, visit, state)
+        state, _ = keys.loop(queries, (state, keys.pages_of(first)), (first, behind), visible)
         if plan.splits == 1:
             (mixed,) = results
-            place = (row, query_head[:, None], column[None, :])
-            triton.store(mixed.at[place], weighted(state).astype(mixed.dtype), mask=mask)
+            triton.store(
+                mixed.at[row, query_head[:, None], column[None, :]], weighted(state).astype(mixed.dtype), mask=mask
+            )
         else:
             parts, sizes = results
-            place = (row, query_head[:, None], split, column[None, :])
-            triton.store(parts.at[place], weighted(state), mask=mask)
+            triton.store(parts.at[row, query_head[:, None], split, column[None, :]], weighted(state), mask=mask)
             size = state[2] + jnp.log(state[1]) * np.float32(math.log2(math.e))
             triton.store(sizes.at[row, query_head, split], size, mask=taken)
 
@@ -243,7 +244,9 @@ class _Rotation:
         column, inside = layout.columns()
         angle = jax.lax.rem(column, half)
         cosines, sines = (_load(x, (row, angle), inside) for x in (cos, sin))
-        return cls(cosines, jnp.where(column < half, -sines, sines), column, jax.lax.rem(column + half, layout.head_dim))
+        return cls(
+            cosines, jnp.where(column < half, -sines, sines), column, jax.lax.rem(column + half, layout.head_dim)
+        )
 
     def __call__(self, ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
         """The elements at `place` of `ref`, rotated, float32."""
@@ -296,9 +299,7 @@ def _write(
             triton.store(updated[2 + of].at[place], scale, mask=writes)
 
 
-def _newest_seen(
-    queries: jax.Array, newest: list[tuple[jax.Array, jax.Array | None]], layout: Layout
-) -> State:
+def _newest_seen(queries: jax.Array, newest: list[tuple[jax.Array, jax.Array | None]], layout: Layout) -> State:
     """The state after the newest position alone."""
     key, value = (
         from_held(held, layout).astype(jnp.float32) * (np.float32(1) if scale is None else scale)
