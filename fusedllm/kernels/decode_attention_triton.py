@@ -58,8 +58,8 @@ WIDE_BLOCKS = (
     Blocks(width=256, keys=16, warps=4, stages=2),
 )
 
-# Reasoned, not measured. An H200 has 132 processors, and the shared memory of each has room for four programs with 53 KiB:
-# some read while others begin or end, and the parts of a long row of a batch run beside those of short ones.
+# Reasoned, not measured. An H200 has 132 processors, and the shared memory of each has room for four programs: some
+# read while others begin or end, and the parts of a long row of a batch run beside those of short ones.
 PROGRAMS = 528
 
 # A program that adds up holds a part of each in registers.
