@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 
 from fusedllm.kernels import e4m3
 from fusedllm.kernels.attention import MASKED
-from fusedllm.kernels.linear_triton import terms
+from fusedllm.kernels.linear_triton import as_terms
 from fusedllm.kernels.pallas_support import compute_capability, interprets, multiplied_in, power_of_two
 from fusedllm.kernels.triton_tiles import from_float8, iota
 
@@ -197,7 +197,7 @@ def product(left: jax.Array, right: jax.Array, wide: np.dtype, contracted: int) 
 
     float32 are three bfloat16 each; of their products those that are as small as its last bit are left out.
     """
-    parts = [terms(x, wide, 3) for x in (left, right)]
+    parts = [as_terms(x, wide, 3) for x in (left, right)]
     pairs = [(i, j) for i in range(len(parts[0])) for j in range(len(parts[1])) if i + j < 3]
     products = [
         jax.lax.dot_general(
