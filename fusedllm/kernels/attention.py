@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, from_e4m3
+from fusedllm.kernels.pallas_support import interprets, why_not_attention
 
 # Queries and keys are visited in blocks of so many positions, so that scores take no more than their product per head,
 # and keys in the future of a whole block of queries are not read. On a CPU 128 queries were 4 % faster than 256 in a
@@ -42,11 +44,35 @@ def paged_attention(
     `scales`, of K and of V, what the pages hold is multiplied by its position's. Pages of uint8 hold codes of e4m3.
 
     Raises:
-      ImplementationError: `implementation` names one that does not exist.
+      ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
     """
-    return choose("paged_attention", {"xla": _attention_xla}, implementation)(
-        q, k_pages, v_pages, page_table, start, scales, window
+    implementations = {"xla": _attention_xla, "triton": _attention_triton}
+    return choose("paged_attention", implementations, implementation)(
+        q, k_pages, v_pages, page_table, start, scales, window, implementation is not None
     )
+
+
+def _attention_triton(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    start: jax.Array,
+    scales: tuple[jax.Array, ...] | None,
+    window: int | None,
+    strict: bool,
+) -> jax.Array:
+    pages = (k_pages, v_pages, *(scales or ()))
+    if problem := why_not_attention(q, pages):
+        if strict:
+            raise ImplementationError(f"paged_attention: the implementation 'triton' can't run: {problem}.")
+        return _attention_xla(q, k_pages, v_pages, page_table, start, scales, window, strict)
+    # They import Pallas: see `pallas_support`.
+    from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.attention_triton import attention_triton
+
+    layout = Layout.of(q, pages, page_table, window)
+    return attention_triton(q, pages, page_table, start, layout=layout, interpret=interprets())
 
 
 def _attention_xla(
@@ -57,7 +83,9 @@ def _attention_xla(
     start: jax.Array,
     scales: tuple[jax.Array, ...] | None,
     window: int | None,
+    strict: bool,
 ) -> jax.Array:
+    del strict
     batch, seq, heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)

@@ -11,6 +11,7 @@ from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, to_e4m3
+from fusedllm.kernels.pallas_support import interprets, why_not_attention
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.write_pages import write_pages
 
@@ -48,17 +49,20 @@ def cached_attention(
     `start`.
 
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
-    and refuses positions below zero and pages that the cache does not have when it runs.
+    and refuses positions below zero and pages that the cache does not have when it runs. `"triton"` does all of this in
+    one or two kernels for a single new position, in place too and with nothing written to the null page; for more it
+    attends, and the rest is XLA's.
 
     Raises:
-      ImplementationError: `implementation` names one that does not exist, can't run here, or can't read the cache.
+      ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
       ValueError: `window` is no positive integer.
     """
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int | np.integer) or not 1 <= window < 2**31:
             raise ValueError(f"cached_attention: window must be a positive integer or None, got {window!r}.")
         window = int(window)
-    return choose("cached_attention", {"xla": _cached_attention_xla, "ffi": _cached_attention_ffi}, implementation)(
+    implementations = {"xla": _cached_attention_xla, "ffi": _cached_attention_ffi, "triton": _cached_attention_triton}
+    return choose("cached_attention", implementations, implementation)(
         q, k, v, cos, sin, pages, page_table, start, window, implementation is not None
     )
 
@@ -74,6 +78,7 @@ def _cached_attention_xla(
     start: jax.Array,
     window: int | None,
     strict: bool,
+    attention: str = "xla",
 ) -> tuple[jax.Array, Pages]:
     del strict
     # Wide, so that a key is rounded once.
@@ -93,7 +98,7 @@ def _cached_attention_xla(
         start,
         scales=tuple(scales) or None,
         window=window,
-        implementation="xla",
+        implementation=attention,
     )
     return mixed, pages
 
@@ -106,6 +111,33 @@ def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     usable = ((scale >= np.finfo(np.float32).tiny) & jnp.isfinite(scale))[..., None]
     codes = jnp.where(usable, jnp.round(x * (1 / scale)[..., None]), 0)
     return jnp.clip(codes, -MOST, MOST).astype(jnp.int8), scale
+
+
+def _cached_attention_triton(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    start: jax.Array,
+    window: int | None,
+    strict: bool,
+) -> tuple[jax.Array, Pages]:
+    operands = (q, k, v, cos, sin, pages, page_table, start)
+    if problem := why_not_attention(q, pages):
+        if strict:
+            raise ImplementationError(f"cached_attention: the implementation 'triton' can't run: {problem}.")
+        return _cached_attention_xla(*operands, window, strict)
+    if q.shape[1] > 1:
+        return _cached_attention_xla(*operands, window, strict, attention="triton")
+    # They import Pallas: see `pallas_support`.
+    from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.decode_attention_triton import decode_attention_triton
+
+    layout = Layout.of(q, pages, page_table, window)
+    return decode_attention_triton(*operands, layout=layout, interpret=interprets())
 
 
 def _cached_attention_ffi(

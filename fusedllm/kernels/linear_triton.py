@@ -163,8 +163,8 @@ def _product_tile(*refs: Any, scheme: GroupedScheme, plan: Plan) -> None:
         terms = [
             jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=total)
             for plane, codes in enumerate(_planes(values, zeros, scheme, rows, columns, plan.planes))
-            for left in _terms(codes, x.dtype, 1 if zeros is None else 2)
-            for right in _terms(_plane(x, tokens, columns, plan.planes, plane), x.dtype, 3)
+            for left in as_terms(codes, x.dtype, 1 if zeros is None else 2)
+            for right in as_terms(_plane(x, tokens, columns, plan.planes, plane), x.dtype, 3)
         ]
         product = functools.reduce(operator.add, terms)
         if scheme.group_size:
@@ -224,7 +224,7 @@ def _planes(
             yield plane
 
 
-def _terms(x: jax.Array, dtype: Any, count: int) -> list[jax.Array]:
+def as_terms(x: jax.Array, dtype: Any, count: int) -> list[jax.Array]:
     """`x` as operands of a matrix unit, for activations in `dtype`: numbers that add up to it.
 
     Matrix units multiply float32 only after rounding it to TF32's eleven bits; three bfloat16 add up to a float32, and
@@ -233,12 +233,13 @@ def _terms(x: jax.Array, dtype: Any, count: int) -> list[jax.Array]:
     """
     if dtype != jnp.float32:
         return [x.astype(dtype)]
-    if x.dtype == jnp.int8:
+    if x.dtype in (jnp.int8, jnp.bfloat16):
         return [x.astype(jnp.bfloat16)]
-    terms = []
+    parts = []
+    x = x.astype(jnp.float32)
     for _ in range(count):
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & np.int32(-(2**16))
         head = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        terms.append(head.astype(jnp.bfloat16))
+        parts.append(head.astype(jnp.bfloat16))
         x = x - head
-    return terms
+    return parts

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,15 +41,23 @@ def launch(
     warps: int,
     stages: int,
     interpret: bool,
+    updated: Mapping[int, int] = MappingProxyType({}),
 ) -> Sequence[jax.Array]:
     """The results of `kernel`, which gets references to all operands and results, for each point of `grid`.
+
+    `updated` maps numbers of operands to those of results that are the same memory, written in part.
 
     The only place that says which of Pallas's backends lowers a kernel: Triton's, for GPUs of NVIDIA and AMD. (It warns
     that it is deprecated from jax 0.11 on; its successor lowers for Hopper and newer GPUs of NVIDIA only.)
     """
     parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
     results: Sequence[jax.Array] = pl.pallas_call(
-        kernel, out, grid=grid, compiler_params=parameters, interpret=interpret
+        kernel,
+        out,
+        grid=grid,
+        compiler_params=parameters,
+        interpret=interpret,
+        input_output_aliases=dict(updated),
     )(*operands)
     return results
 
@@ -167,10 +176,17 @@ def unit(bits: int) -> tuple[int, int]:
     return 8 // shared, bits // shared
 
 
-def from_float8(codes: jax.Array) -> jax.Array:
-    """The float32 values of the float8 e4m3fn whose bits are int8 `codes`, by the chip's own cast where it has one."""
-    capability = compute_capability()
-    if capability is not None and capability >= FLOAT8_CAPABILITY:
+def casts_float8() -> bool:
+    """Whether the GPU has an instruction that makes numbers of float8."""
+    return (compute_capability() or 0) >= FLOAT8_CAPABILITY
+
+
+def from_float8(codes: jax.Array, native: bool | None = None) -> jax.Array:
+    """The float32 values of the float8 e4m3fn whose bits `codes` are, of a byte; by the chip's cast where it has one.
+
+    `native` says whether it has, to who must not ask while tracing.
+    """
+    if casts_float8() if native is None else native:
         return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
     bits = codes.astype(jnp.int32)
     # Shifted to where a float16 has them, exponent and mantissa are a number 2 ** 8 times as small, denormal or not.
