@@ -16,7 +16,7 @@ from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
-from fusedllm.kernels.pallas_support import interprets, why_not_codes
+from fusedllm.kernels.pallas_support import interprets, why_not_codes, why_not_few_tokens
 from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 
@@ -142,19 +142,34 @@ def _linear_triton(
     x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
 ) -> tuple[jax.Array, ...]:
     del precise
-    problems = [_why_not_triton(x, weight) for weight in weights]
+    few = [why_not_few_tokens(x, weight) is None for weight in weights]
+    problems = [None if fits else _why_not_triton(x, weight) for fits, weight in zip(few, weights, strict=True)]
     if strict and (problem := next(filter(None, problems), None)):
         raise ImplementationError(f"linear: the implementation 'pallas' can't run: {problem}.")
+    # Those that one launch takes.
+    made = iter(_few_tokens_triton(x, [one for one, fits in zip(weights, few, strict=True) if fits], out_dtype))
     return tuple(
-        _product_xla(x, weight, out_dtype) if problem else _product_triton(x, weight, out_dtype)
-        for weight, problem in zip(weights, problems, strict=True)
+        next(made) if fits else _product_xla(x, weight, out_dtype) if problem else _product_triton(x, weight, out_dtype)
+        for weight, fits, problem in zip(weights, few, problems, strict=True)
     )
+
+
+def _few_tokens_triton(
+    x: jax.Array, weights: Sequence[jax.Array | QuantArray], out_dtype: DTypeLike
+) -> tuple[jax.Array, ...]:
+    if not weights:
+        return ()
+    from fusedllm.kernels.few_tokens_triton import products_triton  # Imports Pallas: see `pallas_support`.
+
+    rows = x.reshape(-1, x.shape[-1])
+    _, products = products_triton(rows, tuple(weights), out_dtype=np.dtype(out_dtype), interpret=interprets())
+    return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
 
 
 def _why_not_triton(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
     scheme = grouped_scheme(weight)
     if scheme is None:
-        return f"it multiplies with grouped codes, got {_kind(weight)}"
+        return f"it multiplies with grouped codes, got {_kind(weight)}, of which {why_not_few_tokens(x, weight)}"
     if x.dtype.name not in PLAIN_NUMBERS:
         return f"it takes activations in {', '.join(PLAIN_NUMBERS)}, got {x.dtype}"
     return why_not_codes(scheme)
