@@ -33,28 +33,30 @@ class Reading:
 
     Attributes:
       up_to: the most tokens that this is for.
-      thread_weights: that a thread asks for at once, and holds.
+      thread_bytes: of weights, that a thread asks for at once.
+      thread_weights: that these are at most.
       warps: of a program, the most first: those are taken that leave enough programs.
       programs: that there should be.
     """
 
     up_to: int
+    thread_bytes: int
     thread_weights: int
     warps: tuple[int, ...]
     programs: int
 
 
-# Reasoned, not measured. An H200 brings 4.8 TB/s after some 700 ns: 25 KB must be under way in each of its 132
-# processors. A program of 4 warps whose threads hold 128 weights has asked for 32 KB of bfloat16, or 8 KB of int4 of
-# which more programs fit into a processor. More weights a thread do not fit its registers as float32, where a compiler
-# decodes them all before it multiplies; nor do as many beside the activations and sums of more tokens.
+# Reasoned, not measured; that no register is spilled was seen (ptxas for sm_90a). An H200 brings 4.8 TB/s after some
+# 700 ns: 25 KB must be under way in each of its 132 processors. A program of 4 warps whose threads ask for 256 bytes (64
+# registers) has 32 KB under way, and two of them fit. Of narrow codes a thread has as many as its registers hold decoded,
+# and of all of them fewer where there are activations and sums of more tokens.
 READINGS = (
-    Reading(up_to=1, thread_weights=128, warps=(8, 4), programs=264),
-    Reading(up_to=MOST_FEW_TOKENS, thread_weights=64, warps=(8, 4), programs=264),
+    Reading(up_to=1, thread_bytes=256, thread_weights=256, warps=(8, 4), programs=256),
+    Reading(up_to=MOST_FEW_TOKENS, thread_bytes=128, thread_weights=64, warps=(8, 4), programs=256),
 )
 
-# A thread that reads less than this has too little under way.
-LEAST_THREAD_WEIGHTS = 32
+# How often both are halved where there would be too few programs otherwise.
+MOST_HALVINGS = 2
 
 # Columns are cut into powers of two, which need no mask, down to this.
 LEAST_COLUMNS = 256
@@ -107,12 +109,11 @@ class Plan:
     def of(cls, tokens: int, kinds: Sequence[Kind], gated: bool) -> Plan:
         """For weights of equal width; `gated` if they are those of a gate and of what it multiplies."""
         reading = next(row for row in READINGS if tokens <= row.up_to)
-        choices = [(warps, reading.thread_weights) for warps in reading.warps]
-        while choices[-1][1] > LEAST_THREAD_WEIGHTS:
-            choices.append((choices[-1][0], choices[-1][1] // 2))
+        least = reading.warps[-1]
+        choices = [*((warps, 0) for warps in reading.warps), *((least, 1 + half) for half in range(MOST_HALVINGS))]
         columns = cut(kinds[0].width, max(kind.least_columns for kind in kinds))
-        for warps, weights in choices:
-            plan = cls(_parts(kinds, gated, weights * LANES * warps), columns, warps)
+        for warps, halvings in choices:
+            plan = cls(_parts(kinds, gated, reading, warps * LANES >> halvings), columns, warps)
             if plan.programs >= reading.programs:
                 break
         return plan
@@ -152,13 +153,16 @@ class Kind:
         return count // self.scheme.group_size if self.scheme is not None and self.scheme.group_size else 1
 
 
-def _parts(kinds: Sequence[Kind], gated: bool, weights: int) -> tuple[Part, ...]:
+def _parts(kinds: Sequence[Kind], gated: bool, reading: Reading, threads: int) -> tuple[Part, ...]:
     together = len(kinds) if gated else 1
     parts: list[Part] = []
     first = 0
     for number in range(0, len(kinds), together):
         some = kinds[number : number + together]
-        rows = 1 << max(0, (weights // sum(kind.width for kind in some)).bit_length() - 1)
+        weights = sum(kind.width for kind in some)
+        bytes_ = sum(kind.width * kind.bits // 8 for kind in some)
+        most = min(threads * reading.thread_weights // weights, threads * reading.thread_bytes // bytes_)
+        rows = 1 << max(0, most.bit_length() - 1)
         rows = min(rows, pl.next_power_of_2(some[0].height))
         programs = pl.cdiv(some[0].height, rows)
         parts.append(Part(tuple(range(number, number + together)), first, programs, rows, some[0].height))
