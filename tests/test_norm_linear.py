@@ -20,8 +20,11 @@ from fusedllm.kernels.dequantize import dequantize
 from fusedllm.kernels.few_tokens_triton import Kind, Plan, cut, products_triton
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.norm_linear import norm_linear, norm_swiglu
-from fusedllm.kernels.pallas_support import MOST_FEW_TOKENS, interpreting
+from fusedllm.kernels.pallas_support import MOST_FEW_TOKENS, MOST_SOME_TOKENS, interpreting
 from fusedllm.kernels.quantize import quantize
+from fusedllm.kernels.rms_norm import rms_norm
+from fusedllm.kernels.rms_norm_triton import norm_triton
+from fusedllm.kernels.some_tokens_triton import tiles_triton
 from fusedllm.model.cache import empty_cache
 from fusedllm.model.params import describe, map_specs
 from fusedllm.partition.plain import Plain
@@ -136,7 +139,7 @@ def test_products_of_the_norm_are_those_of_float64(tokens, kind):
     case = Case(TOKENS.index(tokens) + 3 * KINDS.index(kind), tokens, kind)
     check_norm_linear(case, "xla")
     check_norm_linear(case, None)
-    if tokens <= MOST_FEW_TOKENS:
+    if tokens <= MOST_FEW_TOKENS or (kind == "plain" and tokens <= MOST_SOME_TOKENS):
         # Beyond, the parts are tested by themselves.
         with interpreting():
             check_norm_linear(case, None)
@@ -157,6 +160,34 @@ def test_swiglu_of_the_products_is_that_of_float64(tokens, kind):
         check_norm_swiglu(case, "xla", biased)
         with interpreting():
             check_norm_swiglu(case, None, biased)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_some_tokens_are_multiplied_in_tiles(number):
+    case = Case(number, (5, 16, 11)[number % 3], "plain", ("bfloat16", "float16")[number // 3])
+    with interpreting():
+        check_norm_linear(case, "pallas")
+        case.weights = case.weights[:1] * 2
+        check_norm_swiglu(case, "pallas", number % 2 == 0)
+
+
+@pytest.mark.parametrize("width", [512, 832, 4100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_that_of_float64(width, dtype):
+    rng = np.random.default_rng(width)
+    x, delta = (jnp.asarray(rng.standard_normal((3, 2, width)), dtype) for _ in range(2))
+    weight = jnp.asarray(rng.standard_normal(width), dtype)
+    for added in (None, delta):
+        with interpreting():
+            total, normed = rms_norm(x, weight, EPS, delta=added, implementation="pallas")
+        wanted = np.asarray(x if added is None else x + added, np.float64)
+        np.testing.assert_array_equal(np.asarray(total, np.float64), wanted)
+        truth = wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + EPS) * np.asarray(weight, np.float64)
+        # The result is rounded, by half the step of a mantissa's last bit, and operations of float32 before it; and of a
+        # sum that XLA does not round where it goes on with it, when it interprets a kernel, the truth is.
+        roundings = 1 if added is None else 2
+        off = (roundings * 2 * HALF_STEP[dtype] + 2.0**-20) * np.abs(truth) + 2.0**-24
+        assert (np.abs(np.asarray(normed, np.float64) - truth) <= off).all()
 
 
 @pytest.mark.parametrize("kind", ["plain", "int4-g64", "mixed"])
@@ -185,9 +216,9 @@ def test_leading_axes_and_dtypes_are_kept():
 
 
 def test_what_kernels_can_not_take_is_refused_if_asked_for_and_left_to_xla_if_not():
-    case = Case(0, MOST_FEW_TOKENS + 1, "plain", "bfloat16")
+    case = Case(0, MOST_SOME_TOKENS + 1, "plain", "bfloat16")
     with interpreting():
-        with pytest.raises(ImplementationError, match=f"of which it takes up to {MOST_FEW_TOKENS} tokens, got"):
+        with pytest.raises(ImplementationError, match=r"of which it takes up to 4 tokens, got 17 \(it takes up to 16"):
             norm_linear(case.x, case.norm, *case.weights, eps=EPS, implementation="pallas")
         with pytest.raises(ImplementationError, match="it takes plain weights in bfloat16, got float32"):
             linear(case.x[:1], jnp.ones((4, case.width)), implementation="pallas")
@@ -237,6 +268,24 @@ def test_kernels_are_lowered_for_gpus(platform, kind, dtype):
     assert program.count("__gpu$xla.gpu.triton") == 2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_tiles_and_norms_are_lowered_for_gpus(platform, dtype):
+    x, norm = jax.ShapeDtypeStruct((8, 2048), dtype), jax.ShapeDtypeStruct((2048,), dtype)
+    weight = jax.ShapeDtypeStruct((8192, 2048), dtype)
+
+    def layer(x, norm, weight):
+        total, normed = norm_triton(x, norm, x, eps=EPS, interpret=False)
+        static = {"out_dtype": np.dtype(x.dtype), "interpret": False}
+        return (
+            total,
+            tiles_triton(normed, (weight, weight), **static),
+            tiles_triton(x, (weight, weight), gated=True, **static),
+        )
+
+    assert lowered(jax.jit(layer), x, norm, weight, platform=platform).count("__gpu$xla.gpu.triton") == 3
+
+
 LAYERS = 3
 
 
@@ -257,10 +306,12 @@ def calls(jaxpr):
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4-g64"])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_layer_of_a_decode_step_is_four_kernels_beside_its_attention(scheme, batch):
+@pytest.mark.parametrize(("batch", "norms"), [(1, 0), (4, 0), (8, 2)])
+def test_a_layer_of_a_decode_step_is_few_kernels_beside_its_attention(scheme, batch, norms):
+    if norms and scheme:
+        pytest.skip("of codes several tokens are products by themselves")
     config = ModelConfig(
-        family="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=LAYERS, num_heads=4,
+        family="llama", vocab_size=512, hidden_size=512, intermediate_size=1024, num_layers=LAYERS, num_heads=4,
         num_kv_heads=2, head_dim=64, max_position=256, tie_embeddings=False, eos_token_ids=(2,),
     )  # fmt: skip
     engine = EngineConfig(max_context=128, page_size=16, prefill_buckets=(16,), batch_buckets=(batch,))
@@ -281,9 +332,12 @@ def test_a_layer_of_a_decode_step_is_four_kernels_beside_its_attention(scheme, b
             params, cache, seats, shape((batch, 3 + engine.new_pages), jnp.int32), shape((), jnp.int32),
             shape((batch, mask_words(config)), jnp.uint32),
         )  # fmt: skip
-    ours = [name for name in calls(traced.jaxpr.jaxpr) if "few_tokens" in str(name)]
-    # qkv, o, gate and up, down; and the head.
-    assert len(ours) == 4 * LAYERS + 1
+    made = " ".join(calls(traced.jaxpr.jaxpr))
+    # qkv, o, gate and up, down; and the head. For some tokens norms are kernels of their own.
+    kernel = "some_tokens" if norms else "few_tokens"
+    assert made.count(f"{kernel} at") == 4 * LAYERS + 1
+    # The last norm is one always, but for widths that are too small for a kernel.
+    assert made.count("add_and_norm at") == norms * LAYERS + 1
 
 
 @pytest.mark.gpu

@@ -47,9 +47,9 @@ class Reading:
 
 
 # Reasoned, not measured; that no register is spilled was seen (ptxas for sm_90a). An H200 brings 4.8 TB/s after some
-# 700 ns: 25 KB must be under way in each of its 132 processors. A program of 4 warps whose threads ask for 256 bytes (64
-# registers) has 32 KB under way, and two of them fit. Of narrow codes a thread has as many as its registers hold decoded,
-# and of all of them fewer where there are activations and sums of more tokens.
+# 700 ns: 25 KB must be under way in each of its 132 processors. A program of 4 warps whose threads ask for 256 bytes
+# (64 registers) has 32 KB under way, and two of them fit. Of narrow codes a thread has as many as its registers hold
+# decoded, and of all of them fewer where there are activations and sums of more tokens.
 READINGS = (
     Reading(up_to=1, thread_bytes=256, thread_weights=256, warps=(8, 4), programs=256),
     Reading(up_to=MOST_FEW_TOKENS, thread_bytes=128, thread_weights=64, warps=(8, 4), programs=256),

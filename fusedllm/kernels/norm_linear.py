@@ -2,12 +2,15 @@
 
 A token of llama-1b is 2.5 GB of weights to read, which takes a GPU half a millisecond, and a kernel that only adds or
 normalizes takes as long as a tenth of a layer's reading. So for few tokens one kernel does all of it
-(`few_tokens_triton.py`). XLA makes twelve kernels a layer of the same (jax 0.10.2, for an H200): for each norm one that
-adds up squares, in a single block, and one that multiplies; q beside k and v; gate, up and the activation; o; down, and
-the addition. For more tokens, and elsewhere, these are `rms_norm`, `linear` and `swiglu` one after the other.
+(`few_tokens_triton.py`), and for some tokens two do (`some_tokens_triton.py`). XLA makes twelve kernels a layer of the
+same (jax 0.10.2, for an H200): for each norm one that adds up squares, in a single block, and one that multiplies; q
+beside k and v; gate, up and the activation; o; down, and the addition. For more tokens, and elsewhere, these are
+`rms_norm`, `linear` and `swiglu` one after the other.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +18,7 @@ from jaxtyping import Array, Float
 
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.linear import linear
-from fusedllm.kernels.pallas_support import interprets, why_not_few_tokens
+from fusedllm.kernels.pallas_support import interprets, why_not_few_tokens, why_not_some_tokens
 from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.kernels.swiglu import swiglu
 from fusedllm.qarray import QuantArray
@@ -77,7 +80,7 @@ def _norm_linear_composed(
     precise: bool,
     asked: str | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    # No other norm and activation than XLA's stand beside Pallas's products.
+    # Pallas has norms for some widths, and no activation: who asks for it is given what there is.
     beside = asked if asked in ("xla", "ffi") else None
     total, normed = rms_norm(x, norm, eps, delta=delta, implementation=beside)
     return total, linear(normed, *weights, precise=precise, implementation=asked)
@@ -137,8 +140,10 @@ def _norm_swiglu_triton(
     precise: bool,
     asked: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    shapes = {weight.shape for weight in weights}
-    if len(shapes) > 1 or not _fits(x, norm, weights, delta):
+    alike = len({weight.shape for weight in weights}) == 1
+    if not alike or not _fits(x, norm, weights, delta):
+        if alike and weights[0].shape[1:] == norm.shape and not any(why_not_some_tokens(x, one) for one in weights):
+            return _norm_then_swiglu_triton(x, norm, weights, eps, delta, biases)
         return _norm_swiglu_composed(x, norm, weights, eps, delta, biases, precise, asked)
     from fusedllm.kernels.few_tokens_triton import products_triton  # Imports Pallas: see `pallas_support`.
 
@@ -155,6 +160,19 @@ def _norm_swiglu_triton(
         interpret=interprets(),
     )
     return total.reshape(x.shape), active.reshape(*x.shape[:-1], -1)
+
+
+def _norm_then_swiglu_triton(
+    x: jax.Array, norm: jax.Array, weights: Any, eps: float, delta: jax.Array | None, biases: Biases
+) -> tuple[jax.Array, jax.Array]:
+    from fusedllm.kernels.some_tokens_triton import tiles_triton  # Imports Pallas: see `pallas_support`.
+
+    total, normed = rms_norm(x, norm, eps, delta=delta)
+    rows = normed.reshape(-1, x.shape[-1])
+    (active,) = tiles_triton(
+        rows, weights, biases=biases, gated=True, out_dtype=np.dtype(x.dtype), interpret=interprets()
+    )
+    return total, active.reshape(*x.shape[:-1], -1)
 
 
 def _fits(x: jax.Array, norm: jax.Array, weights: Weights, delta: jax.Array | None) -> bool:

@@ -25,6 +25,9 @@ GENERATIONS = {8.0: "Ampere", 9.0: "Hopper"}
 # That are multiplied without matrix units: beyond, the additions take as long as reading the weights.
 MOST_FEW_TOKENS = 4
 
+# That fill the shorter side of a matrix unit.
+MOST_SOME_TOKENS = 16
+
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 _supposed: contextvars.ContextVar[float | None] = contextvars.ContextVar("supposed", default=None)
 
@@ -110,3 +113,15 @@ def why_not_few_tokens(x: jax.Array, weight: jax.Array | QuantArray) -> str | No
     if scheme.sums_integers or scheme.turned:
         return f"it rounds and turns no activations, which {scheme.name} does"
     return why_not_codes(scheme) if scheme.bits in (4, 8) else f"codes of {scheme.bits} bits, where 4 or 8 are needed"
+
+
+def why_not_some_tokens(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
+    """Why the kernel for some tokens can't multiply `x` `[..., in]` with `weight`, or `None` if it can."""
+    tokens = math.prod(x.shape[:-1])
+    if isinstance(weight, QuantArray) or weight.dtype != x.dtype:
+        kind = weight.scheme.name if isinstance(weight, QuantArray) else weight.dtype
+        return f"it takes plain weights in {x.dtype}, got {kind}"
+    # Matrix units round float32.
+    if x.dtype.name not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, got {x.dtype}"
+    return None if 0 < tokens <= MOST_SOME_TOKENS else f"it takes up to {MOST_SOME_TOKENS} tokens, got {tokens}"
