@@ -78,7 +78,8 @@ def load(
       engine: all sizes at once, instead of `max_context`.
       keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run,
         and where the policy asks for integers.
-      implementation: of the kernels, `xla` or `ffi` (native, on the CPU); by default the best there is.
+      implementation: of the kernels, `xla`, `ffi` (native, on the CPU) or, on a GPU, `pallas`, which is the better of
+        `triton` and `mosaic`; by default the best there is.
       activation_bits: 16 or 8: to what native products with quantized weights round activations, in groups of 32. 8
         prefills up to 1.8 times as fast, and moves logits by about 1 % of their range. By default 8 for models whose
         hidden size is 2,048 or more, and 16 for smaller ones, which are more easily disturbed.

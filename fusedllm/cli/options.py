@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Those of `fusedllm.partition.policies`, which would import jax.
 POLICIES = ("plain", "split", "masked", "verify", "masked+verify", "trusted")
+IMPLEMENTATIONS = ("xla", "ffi", "pallas", "triton", "mosaic")
 CROSSINGS = ("driven", "callback", "ffi")
 
 DEFAULT_CKPT = "smollm2-135m"
@@ -36,7 +37,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the KV cache; of a byte a number, int8 (with scales) is ten times closer to float32 than fp8 (e4m3)",
     )
     group.add_argument(
-        "--implementation", choices=["xla", "ffi"], help="of the kernels (default: the best; ffi is native, on the CPU)"
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        help="of the kernels (default: the best there is; ffi is native, on the CPU; pallas is for GPUs, by way of "
+        "triton or mosaic)",
     )
     group.add_argument(
         "--activation-bits",

@@ -100,8 +100,8 @@ def _draw(logits: jax.Array, filters: Filters, uniform: jax.Array, work: Work) -
     # From the largest down, so that the smallest temperature makes an infinity only of what can't be drawn.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None]
     if work == "unfiltered" and scaled.shape[-1] > CANDIDATES:
-        # No token is left out, so that the candidates would decide nothing.
-        return _inverse_cdf(jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), uniform)
+        # No token is left out, so that the candidates would decide nothing; and the largest is 0.
+        return _inverse_cdf(jnp.exp(scaled), uniform)
     token, complete = _draw_from_candidates(scaled, filters, uniform)
     complete |= filters.temperature <= 0
     rest = lax.cond(jnp.all(complete), lambda: token, lambda: _draw_from_row(scaled, filters, uniform))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.grouped import GroupedScheme, grouped_scheme
+from fusedllm.kernels.packed import PLAIN_NUMBERS
+from fusedllm.qarray import QuantArray
 
 # A matrix unit multiplies this many columns of int8 at least (16 of bfloat16), and a group is never cut smaller.
 LEAST_GROUP = 32
@@ -37,6 +40,12 @@ CACHE_DTYPES = (*QUERY_DTYPES, "int8", "uint8")
 # Bytes of an array that offsets of 32 bits reach where elements are bytes; beyond twice that Pallas takes 64.
 BYTES_OF_SIGNED_OFFSETS = 2**31
 BYTES_OF_UNSIGNED_OFFSETS = 2**32
+
+# That are multiplied without matrix units: beyond, the additions take as long as reading the weights.
+MOST_FEW_TOKENS = 4
+
+# That fill the shorter side of a matrix unit.
+MOST_SOME_TOKENS = 16
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 _supposed: contextvars.ContextVar[float | None] = contextvars.ContextVar("supposed", default=None)
@@ -135,3 +144,31 @@ def why_not_attention(q: jax.Array, pages: tuple[jax.Array, ...]) -> str | None:
     if held.dtype.itemsize == 1 and BYTES_OF_SIGNED_OFFSETS < held.size <= BYTES_OF_UNSIGNED_OFFSETS:
         return f"pages of {held.size} bytes, whose offsets Pallas does not reach"
     return None
+
+
+def why_not_few_tokens(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
+    """Why the kernels for few tokens can't multiply `x` `[..., in]` with `weight`, or `None` if they can."""
+    tokens, scheme = math.prod(x.shape[:-1]), grouped_scheme(weight)
+    if x.dtype.name not in PLAIN_NUMBERS:
+        return f"it takes activations in {', '.join(PLAIN_NUMBERS)}, got {x.dtype}"
+    if not 0 < tokens <= MOST_FEW_TOKENS:
+        return f"it takes up to {MOST_FEW_TOKENS} tokens, got {tokens}"
+    if scheme is None:
+        if isinstance(weight, QuantArray):
+            return f"it takes plain weights and grouped codes, got {weight.scheme.name}"
+        return None if weight.dtype == x.dtype else f"it takes plain weights in {x.dtype}, got {weight.dtype}"
+    if scheme.sums_integers or scheme.turned:
+        return f"it rounds and turns no activations, which {scheme.name} does"
+    return why_not_codes(scheme) if scheme.bits in (4, 8) else f"codes of {scheme.bits} bits, where 4 or 8 are needed"
+
+
+def why_not_some_tokens(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
+    """Why the kernel for some tokens can't multiply `x` `[..., in]` with `weight`, or `None` if it can."""
+    tokens = math.prod(x.shape[:-1])
+    if isinstance(weight, QuantArray) or weight.dtype != x.dtype:
+        kind = weight.scheme.name if isinstance(weight, QuantArray) else weight.dtype
+        return f"it takes plain weights in {x.dtype}, got {kind}"
+    # Matrix units round float32.
+    if x.dtype.name not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, got {x.dtype}"
+    return None if 0 < tokens <= MOST_SOME_TOKENS else f"it takes up to {MOST_SOME_TOKENS} tokens, got {tokens}"
