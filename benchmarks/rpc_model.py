@@ -25,8 +25,9 @@ from fusedllm.kernels.embed import embed
 from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.kernels.swiglu import swiglu
 from fusedllm.model.cache import empty_cache
+from fusedllm.model.composed import added
 from fusedllm.model.params import LayerParams
-from fusedllm.model.placement import Site
+from fusedllm.model.placement import Residual, Site
 from fusedllm.model.rope import cos_sin
 from fusedllm.model.transformer import decoder_layer
 from fusedllm.partition.plain import Plain
@@ -252,11 +253,11 @@ class Products:
         self, layer: LayerParams, x: jax.Array, pages: tuple[jax.Array, ...], window: int | None, wire: np.dtype[Any]
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         angles, start, table = self._places(x.shape[0])
-        x, pages = decoder_layer(
+        residual, pages = decoder_layer(
             self.config,
             self._placement,
             layer,
-            x.astype(self._compute)[None],
+            Residual(x.astype(self._compute)[None]),
             pages,
             angles,
             start,
@@ -264,7 +265,7 @@ class Products:
             window=window,
             key=None,
         )
-        return x[0].astype(wire), pages
+        return added(residual)[0].astype(wire), pages
 
     def _traced_attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pages: tuple[jax.Array, ...], window: int | None

@@ -172,7 +172,7 @@ class NormsThere(Hosted):
     def protected(self, site, function, *operands, **static):
         if site.name == "final_norm":
             with jax.default_device(DEVICE):
-                return jax.jit(functools.partial(function, **static))(*map(np.asarray, operands))
+                return jax.jit(functools.partial(function, **static))(*jax.tree.map(np.asarray, operands))
         return super().protected(site, function, *operands, **static)
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from fusedllm.config import ModelConfig
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.rms_norm import rms_norm
+from fusedllm.model.composed import Composed, added
 from fusedllm.model.params import LayerParams, Weight
-from fusedllm.model.placement import Site
+from fusedllm.model.placement import Residual, Site
 from fusedllm.model.rope import cos_sin
 from fusedllm.model.transformer import decoder_layer
 from fusedllm.quant.statistics import Statistics
@@ -38,7 +39,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True, eq=False)
-class Recorder:
+class Recorder(Composed):
     """A placement that runs everything in place and keeps the inputs of each product, `[tokens, in]`, by site."""
 
     implementation: str | None = None
@@ -87,7 +88,7 @@ def run_layer(
         config,
         placement,
         layer,
-        x,
+        Residual(x),
         (page, page),
         angles,
         start,
@@ -96,7 +97,7 @@ def run_layer(
         key=None,
         implementation=implementation,
     )
-    return out
+    return added(out)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "window", "implementation"))

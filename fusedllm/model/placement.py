@@ -1,4 +1,8 @@
-"""`Placement`: where each part of a layer runs. The layer is written once, in these two verbs."""
+"""`Placement`: where each part of a layer runs. The layer is written once, in these verbs.
+
+Two say where: `linear` and `protected`. The others are several of these in a row, so that a placement that runs them in
+one place may make one operation of them; `composed.py` has what they are otherwise.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,20 @@ class Site(NamedTuple):
     layer: int | None = None
 
 
+class Residual(NamedTuple):
+    """The residual stream, `x + (delta + bias)`: the last addition is left to the norm that reads it.
+
+    Attributes:
+      x: the stream before it, `[..., hidden]`.
+      delta: what the last product gave, whole: what several devices have parts of is summed before. `None` for nothing.
+      bias: of that product, or `None`.
+    """
+
+    x: jax.Array
+    delta: Numbers | None = None
+    bias: jax.Array | None = None
+
+
 @runtime_checkable
 class Placement(Protocol):
     """A policy over one and the same layer. An instance is hashable: it is part of a program's key."""
@@ -51,5 +69,39 @@ class Placement(Protocol):
         """`function(*operands, **static)`, run where the trust is.
 
         Arrays are operands and nothing else is; `function` closes over none, so that it can be compiled on its own.
+        """
+        ...
+
+    def normed(
+        self,
+        sites: tuple[Site, Site],
+        residual: Residual,
+        norm: jax.Array,
+        weights: tuple[Weight, ...],
+        *,
+        eps: float,
+        implementation: str | None,
+    ) -> tuple[jax.Array, tuple[Numbers, ...]]:
+        """The sum of `residual`, and the products of its RMS norm with `weights`.
+
+        `protected` at the first of `sites`, then `linear` at the second. `norm` is the norm's weight, `implementation`
+        that of the kernels outside of `linear`.
+        """
+        ...
+
+    def activated(
+        self,
+        sites: tuple[Site, Site, Site],
+        residual: Residual,
+        norm: jax.Array,
+        weights: tuple[Weight, Weight],
+        biases: tuple[jax.Array | None, jax.Array | None],
+        *,
+        eps: float,
+        implementation: str | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sum of `residual`, and SwiGLU of the products of its RMS norm with `weights`, those of gate and of up.
+
+        As `normed`, then `protected` at the last of `sites`.
         """
         ...

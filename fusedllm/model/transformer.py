@@ -11,10 +11,10 @@ from fusedllm.config import ModelConfig, RopeConfig
 from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.embed import embed
 from fusedllm.kernels.rms_norm import rms_norm
-from fusedllm.kernels.swiglu import swiglu
 from fusedllm.model.cache import KVCache
+from fusedllm.model.composed import add_and_norm, biased
 from fusedllm.model.params import LayerParams, Params
-from fusedllm.model.placement import Numbers, Placement, Site
+from fusedllm.model.placement import Numbers, Placement, Residual, Site
 from fusedllm.model.rope import cos_sin
 
 
@@ -44,17 +44,19 @@ def forward(
     x = placement.protected(
         Site("embedding"), embed, params.embedding, tokens, dtype=jnp.dtype(dtype), implementation=gather
     )
+    residual = Residual(x)
     angles = placement.protected(Site("rope"), _angles, tokens, start, rope=config.rope, head_dim=config.head_dim)
-    # Traced once for all layers that share a window and a key, not once a layer; XLA inlines the calls.
+    # Traced once for all layers that share a window and a key, not once a layer (the first has nothing to add yet); XLA
+    # inlines the calls.
     static = ("config", "placement", "window", "key", "implementation")
     run_layer = placement.compile(decoder_layer, static_argnames=static)
     layers = []
     for index, layer in enumerate(params.layers):
-        x, pages = run_layer(
+        residual, pages = run_layer(
             config,
             placement,
             layer,
-            x,
+            residual,
             cache.of_layer(index),
             angles,
             start,
@@ -66,15 +68,15 @@ def forward(
         )
         layers.append(pages)
     norm = {"eps": config.rms_norm_eps, "implementation": implementation}
-    x = placement.protected(Site("final_norm"), _norm, x, params.final_norm, **norm)
-    return x, KVCache.of_layers(layers)
+    _, normed = placement.protected(Site("final_norm"), add_and_norm, *residual, params.final_norm, **norm)
+    return normed, KVCache.of_layers(layers)
 
 
 def decoder_layer(
     config: ModelConfig,
     placement: Placement,
     layer: LayerParams,
-    x: Float[Array, "batch seq hidden"],
+    residual: Residual,
     pages: tuple[jax.Array, ...],
     angles: tuple[jax.Array, jax.Array],
     start: Int[Array, " batch"],
@@ -84,32 +86,34 @@ def decoder_layer(
     window: int | None,
     key: int | None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "batch selected hidden"], tuple[jax.Array, ...]]:
+) -> tuple[Residual, tuple[jax.Array, ...]]:
     """One pre-norm decoder layer (LLaMA, arXiv:2302.13971): attention and SwiGLU, each added to the residual.
 
     With `only` just that token goes on after the attention. `window` is the layer's sliding window, `key` what the
     placement wants to know of its place.
 
     Returns:
-      The residual stream, and the layer's part of the cache with the new positions written.
+      The residual stream `[batch, selected, hidden]`, to which the layer's last product is still to be added, and the
+      layer's part of the cache with the new positions written.
     """
-    norm = {"eps": config.rms_norm_eps, "implementation": implementation}
-    normed = placement.protected(Site("attention_norm", key), _norm, x, layer.attention_norm, **norm)
-    q, k, v = placement.linear(Site("qkv", key), normed, (layer.q, layer.k, layer.v))
+    eps = config.rms_norm_eps
+    x, (q, k, v) = placement.normed(
+        (Site("attention_norm", key), Site("qkv", key)), residual, layer.attention_norm, (layer.q, layer.k, layer.v),
+        eps=eps, implementation=implementation,
+    )  # fmt: skip
     small = (layer.q_bias, layer.k_bias, layer.v_bias, layer.q_norm, layer.k_norm)
     x, mixed, pages = placement.protected(
         Site("attention", key), _attend, x, q, k, v, small, pages, angles, page_table, start, only,
-        head_dim=config.head_dim, window=window, **norm,
+        head_dim=config.head_dim, window=window, eps=eps, implementation=implementation,
     )  # fmt: skip
     (o,) = placement.linear(Site("o", key), mixed, (layer.o,))
-    x, normed = placement.protected(Site("mlp_norm", key), _add_and_norm, x, o, layer.o_bias, layer.mlp_norm, **norm)
-    gate, up = placement.linear(Site("gate_up", key), normed, (layer.gate, layer.up))
-    active = placement.protected(
-        Site("activation", key), _activate, gate, up, layer.gate_bias, layer.up_bias, implementation=implementation
-    )
+    x, active = placement.activated(
+        (Site("mlp_norm", key), Site("gate_up", key), Site("activation", key)), Residual(x, o, layer.o_bias),
+        layer.mlp_norm, (layer.gate, layer.up), (layer.gate_bias, layer.up_bias),
+        eps=eps, implementation=implementation,
+    )  # fmt: skip
     (down,) = placement.linear(Site("down", key), active, (layer.down,))
-    x = placement.protected(Site("residual", key), _add, x, down, layer.down_bias)
-    return x, pages
+    return Residual(x, down, layer.down_bias), pages
 
 
 def vocabulary_logits(
@@ -123,10 +127,6 @@ def vocabulary_logits(
 
 def _angles(tokens: jax.Array, start: jax.Array, *, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
     return cos_sin(rope, head_dim, start[:, None] + jnp.arange(tokens.shape[1]))
-
-
-def _norm(x: jax.Array, weight: jax.Array, *, eps: float, implementation: str | None) -> jax.Array:
-    return rms_norm(x, weight, eps, implementation=implementation)[1]
 
 
 def _attend(
@@ -153,8 +153,8 @@ def _attend(
     q_bias, k_bias, v_bias, q_norm, k_norm = small
 
     def heads(x: jax.Array, bias: jax.Array | None, norm: jax.Array | None) -> jax.Array:
-        split = _biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
-        return split if norm is None else _norm(split, norm, eps=eps, implementation=implementation)
+        split = biased(x, bias).reshape(*x.shape[:2], -1, head_dim)
+        return split if norm is None else rms_norm(split, norm, eps, implementation=implementation)[1]
 
     q, k, v = heads(q, q_bias, q_norm), heads(k, k_bias, k_norm), heads(v, v_bias, None)
     mixed, pages = cached_attention(
@@ -164,28 +164,3 @@ def _attend(
     if only is not None:
         x, mixed = (jax.lax.dynamic_slice_in_dim(rows, only, 1, axis=1) for rows in (x, mixed))
     return x, mixed, pages
-
-
-def _add_and_norm(
-    x: jax.Array, delta: jax.Array, bias: jax.Array | None, weight: jax.Array, *, eps: float, implementation: str | None
-) -> tuple[jax.Array, jax.Array]:
-    return rms_norm(x, weight, eps, delta=_biased(delta, bias), implementation=implementation)
-
-
-def _activate(
-    gate: jax.Array,
-    up: jax.Array,
-    gate_bias: jax.Array | None,
-    up_bias: jax.Array | None,
-    *,
-    implementation: str | None,
-) -> jax.Array:
-    return swiglu(_biased(gate, gate_bias), _biased(up, up_bias), implementation=implementation)
-
-
-def _add(x: jax.Array, delta: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x + _biased(delta, bias)
-
-
-def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias.astype(x.dtype)

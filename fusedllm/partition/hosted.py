@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fusedllm.kernels.choose import traced_for
+from fusedllm.model.composed import Composed
 from fusedllm.model.params import LayerParams, Params, Weight
 from fusedllm.model.placement import Site
 from fusedllm.partition.ledger import Ledger
@@ -89,7 +90,7 @@ def _segment(
     )
 
 
-class Hosted:
+class Hosted(Composed):
     """A placement whose loops and layers run in Python, and whose verbs run compiled segments.
 
     Args:

@@ -14,6 +14,7 @@ import jax
 
 from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.linear import linear
+from fusedllm.model.composed import Composed
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Site
 
@@ -22,7 +23,7 @@ Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(Composed):
     """The placement without a boundary.
 
     Attributes:
