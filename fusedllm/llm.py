@@ -168,8 +168,7 @@ class LLM:
       tokenizer: `None` where the checkpoint carries none; prompts are token ids then, and texts are empty.
       load_report: how the weights came in, bytes copied included; `None` for random weights.
       activation_bits: 16 or 8, to which native products with quantized weights round activations.
-
-    With a `layout` the parameters lie on its mesh, as `load_params` puts them there.
+      mesh: the layout over several devices, on whose mesh the parameters lie; `None` for one.
     """
 
     def __init__(
@@ -197,6 +196,7 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         self.load_report = load_report
+        self.mesh = layout
         self.activation_bits = activation_bits or default_activation_bits(config.hidden_size)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         self._applied = policies.apply(
