@@ -91,9 +91,11 @@ def join_processes(options: argparse.Namespace) -> None:
         )
     from fusedllm.sharding.processes import connect
 
+    # What libraries write to standard output as the processes meet goes with the other messages.
+    answers = os.open(os.devnull, os.O_WRONLY) if options.process_id else os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(answers, "w", encoding=sys.stdout.encoding, errors="replace")
     connect(*given)
-    if options.process_id:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def load_model(

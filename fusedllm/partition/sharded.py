@@ -29,6 +29,11 @@ SUMMED = ("o", "down")
 GATHERED = ("head",)
 
 
+def _is_alone() -> bool:
+    """Whether the device has everything: groups of one exchange nothing."""
+    return int(jax.lax.axis_size(TENSOR)) == 1
+
+
 @dataclass(frozen=True, slots=True)
 class Sharded(Plain):
     """The placement inside of a program that runs on each device of a mesh (`sharding/layout.py`)."""
@@ -39,12 +44,14 @@ class Sharded(Plain):
 
     def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
         """Traced where it is called; rows of the embedding come from the device that has them."""
-        if site.name != "embedding":
+        if site.name != "embedding" or _is_alone():
             return Plain.protected(self, site, function, *operands, **static)
         table, tokens, *rest = operands
         return self._rows(site, function, table, tokens, *rest, **static)
 
     def _together(self, site: Site, products: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        if _is_alone():
+            return products
         with jax.named_scope(site.name):
             if site.name in SUMMED:
                 return tuple(jax.lax.psum(product, TENSOR) for product in products)
