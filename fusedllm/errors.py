@@ -61,6 +61,10 @@ class PolicyError(FusedLLMError):
     """A policy of the trust boundary is unknown, has no device to run on, or can't run with what else was asked for."""
 
 
+class ShardingError(FusedLLMError):
+    """A model can't be split over the mesh that was asked for: its sizes, its weights' layout, or the devices."""
+
+
 class CompileForbiddenError(FusedLLMError):
     """Something compiled inside `forbid_compile()`; the message names the program and its shape."""
 

@@ -25,6 +25,7 @@ from fusedllm.compilation_cache import use_compilation_cache
 from fusedllm.config import ModelConfig, SamplingParams, sampling_from_keywords
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
 from fusedllm.engine.engine import Engine
+from fusedllm.engine.replicas import Replicas, share_of
 from fusedllm.engine.results import Completion
 from fusedllm.engine.runner import Runner
 from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
@@ -33,6 +34,7 @@ from fusedllm.model.params import Params
 from fusedllm.partition import policies
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.pad_supply import PadReport
+from fusedllm.sharding.layout import Layout, lay_out
 from fusedllm.stream import Stream
 from fusedllm.text.chat import ChatTemplate
 from fusedllm.text.tokenizer import Tokenizer
@@ -40,7 +42,7 @@ from fusedllm.weights import quantized, registry
 from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.load import LoadReport, load_params
 from fusedllm.weights.open import open_checkpoint
-from fusedllm.weights.random import random_params
+from fusedllm.weights.random import random_checkpoint
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -59,6 +61,7 @@ def load(
     threads: int | None = None,
     policy: str = "plain",
     crossing: str | None = None,
+    mesh: str | None = None,
     random_weights: bool = False,
     seed: int = 0,
     keep_programs: bool = True,
@@ -90,6 +93,8 @@ def load(
         on the CPU alone.
       crossing: under a policy that crosses, `driven` (the default) launches each product from the host; with `callback`
         (Python's) and `ffi` (native, on the CPU) one program runs all products of a pass, and asks the host.
+      mesh: split the model over devices, as in `tp=2,dp=2`: `tp` of them share the weights, and `dp` such groups answer
+        side by side, each with its part of the KV cache and of the requests that run together (docs/sharding.md).
       random_weights: do not read a checkpoint; seeded random weights of the named architecture, and no tokenizer.
       seed: of the random weights.
       keep_programs: keep compiled programs on disk for the next process, in this package's cache directory, unless jax
@@ -99,10 +104,12 @@ def load(
     Raises:
       SourceError: the name is unknown or can't be fetched.
       CheckpointError, ConfigError, TokenizerError: what was found there can't be used.
+      ShardingError: the model can't be split so, or there are not as many devices.
     """
     if keep_programs:
         use_compilation_cache()
     check_activation_bits(activation_bits)
+    policies.check_mesh(policies.find(policy), mesh is not None)
     with traced_for(policies.find(policy).platform):
         compute, where = compute_dtype(dtype), platform()
         native_kernels = runs_native(implementation)
@@ -116,10 +123,13 @@ def load(
         if not isinstance(ckpt, (str, Path)):
             raise RequestError("random weights are of a named architecture, not of a table or checkpoint.")
         config = registry.architecture(ckpt)
-        params = random_params(config, np.dtype(jnp.bfloat16 if as_filed else compute), seed)
+        layout = None if mesh is None else lay_out(mesh, config)
+        drawn = random_checkpoint(config, np.dtype(jnp.bfloat16 if as_filed else compute), seed)
+        params, _ = load_params(drawn, layout=layout)
     else:
         checkpoint = _open(ckpt, progress)
         config = checkpoint.config
+        layout = None if mesh is None else lay_out(mesh, config)
         tokenizer = None if checkpoint.tokenizer is None else Tokenizer(checkpoint.tokenizer)
         with ThreadPoolExecutor(1, thread_name_prefix="fusedllm-tokenizer") as pool:
             if tokenizer is not None:
@@ -130,6 +140,7 @@ def load(
                 dtype=None if as_filed else np.dtype(compute),
                 keep_quantized=as_filed or needs_integers if keep_quantized is None else keep_quantized,
                 pack=native_kernels,
+                layout=layout,
                 progress=progress,
             )
     if engine is None:
@@ -146,6 +157,7 @@ def load(
         activation_bits=activation_bits,
         policy=policy,
         crossing=crossing,
+        layout=layout,
         load_report=report,
     )
 
@@ -158,6 +170,7 @@ class LLM:
       tokenizer: `None` where the checkpoint carries none; prompts are token ids then, and texts are empty.
       load_report: how the weights came in, bytes copied included; `None` for random weights.
       activation_bits: 16 or 8, to which native products with quantized weights round activations.
+      mesh: the layout over several devices, on whose mesh the parameters lie; `None` for one.
     """
 
     def __init__(
@@ -173,6 +186,7 @@ class LLM:
         activation_bits: int | None = None,
         policy: str = "plain",
         crossing: str | None = None,
+        layout: Layout | None = None,
         load_report: LoadReport | None = None,
     ) -> None:
         check_activation_bits(activation_bits)
@@ -184,6 +198,7 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         self.load_report = load_report
+        self.mesh = layout
         self.activation_bits = activation_bits or default_activation_bits(config.hidden_size)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         if policies.find(policy).platform == "cpu":
@@ -195,21 +210,29 @@ class LLM:
             implementation=implementation,
             activation_bits=self.activation_bits,
             crossing=crossing,
+            sharded=layout is not None,
         )
-        runner = Runner(
-            config,
-            self._applied.params,
-            engine,
-            self._applied.placement,
-            dtype=dtype,
-            cache_dtype=kv_dtype,
-            implementation=implementation,
-        )
-        self._engine = Engine(runner)
+        sizes, placed = engine, self._applied.params
+
+        def engine_of(group: Layout | None) -> Engine:
+            runner = Runner(
+                config,
+                placed if layout is None or group is None else layout.of_replica(placed, group),
+                sizes if layout is None else share_of(sizes, layout.dp),
+                self._applied.placement,
+                dtype=dtype,
+                cache_dtype=kv_dtype,
+                implementation=implementation,
+                layout=group,
+            )
+            return Engine(runner)
+
+        engines = [engine_of(group) for group in ((None,) if layout is None else layout.replicas())]
+        self._engine: Engine | Replicas = engines[0] if len(engines) == 1 else Replicas(engines)
         self._template: ChatTemplate | None = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | Replicas:
         """The engine underneath, for counters and for callers that schedule themselves."""
         return self._engine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,7 @@ from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
 from fusedllm.engine.memory import available_bytes, cache_tokens_for, weight_bytes
 from fusedllm.errors import RequestError
 from fusedllm.kernels.choose import platform
+from fusedllm.sharding.mesh import MeshShape, parse_mesh
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
 from fusedllm.weights.open import open_checkpoint
@@ -39,6 +41,7 @@ def fitting_engine(
     kv_dtype: str = "auto",
     implementation: str | None = None,
     max_context: int | None = None,
+    mesh: str | None = None,
     random_weights: bool = False,
     progress: bool = False,
 ) -> tuple[str | Path | Checkpoint, EngineConfig]:
@@ -65,16 +68,23 @@ def fitting_engine(
         raise RequestError(f"max_context must be an integer of at least 1, got {context}.")
     wanted = {"max_context": context, "batch_buckets": batch_buckets, "token_budget": token_budget}
     sizes = EngineConfig.suited(platform(), **wanted)
+    # What follows is of one group of devices, which has the weights and its part of the cache.
+    shape = MeshShape() if mesh is None else parse_mesh(mesh)
+    available = available_bytes()
+    if available is not None and jax.default_backend() == "cpu":
+        available = weights + max(0, available - weights) // shape.dp
+    elif available is not None:
+        available *= shape.tp
     tokens = cache_tokens_for(
         config,
         cache_dtype(kv_dtype, jnp.bfloat16 if dtype == "auto" else compute),
         max_context=context,
-        max_batch=sizes.max_batch,
+        max_batch=-(-sizes.max_batch // shape.dp),
         page_size=sizes.page_size,
-        available=available_bytes(),
+        available=available,
         weights=weights,
         fraction=size.fraction,
-        cache_bytes=size.bytes,
-        cache_tokens=size.tokens,
+        cache_bytes=size.bytes and -(-size.bytes // shape.dp),
+        cache_tokens=size.tokens and -(-size.tokens // shape.dp),
     )
-    return source, replace(sizes, cache_tokens=tokens)
+    return source, replace(sizes, cache_tokens=tokens * shape.dp)

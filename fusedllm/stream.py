@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from fusedllm.engine.engine import Engine
+from fusedllm.engine.replicas import Replicas
 from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.request import Sequence as EngineSequence
 from fusedllm.engine.results import Completion, Usage
@@ -19,7 +20,7 @@ class Stream:
     Without a tokenizer the pieces are empty, one for each launch, and `token_ids` grows.
     """
 
-    def __init__(self, engine: Engine, sequence: EngineSequence, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, engine: Engine | Replicas, sequence: EngineSequence, tokenizer: Tokenizer | None) -> None:
         self.sequence = sequence
         self._engine = engine
         self._text = None if tokenizer is None else TextStream(tokenizer, sequence.sampling.stop)

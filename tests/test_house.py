@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "kernels": GROUND,
     "quant": GROUND | {"kernels"},
     "model": GROUND | {"kernels", "quant"},
-    "weights": GROUND | {"kernels", "quant", "text", "model"},
-    "partition": GROUND | {"kernels", "quant", "text", "model", "weights"},
+    "sharding": GROUND | {"kernels", "quant", "model"},
+    "weights": GROUND | {"kernels", "quant", "text", "model", "sharding"},
+    "partition": GROUND | {"kernels", "quant", "text", "model", "sharding", "weights"},
     "calibrate": GROUND | {"kernels", "quant", "text", "model", "weights"},
-    "engine": GROUND | {"kernels", "quant", "text", "model", "weights", "partition", "calibrate"},
+    "engine": GROUND | {"kernels", "quant", "text", "model", "sharding", "weights", "partition", "calibrate"},
 }
 BELOW_THE_FACADE = {*MAY_IMPORT, "backend", "compilation_cache"}
 MAY_IMPORT["backend"] = GROUND | {"kernels"}
@@ -38,7 +39,7 @@ MAY_IMPORT["attesting"] = {"__init__", "errors", "partition", "weights"}
 MAY_IMPORT["verifying"] = {"errors", "partition"}
 MAY_IMPORT["__init__"] = BELOW_THE_FACADE | {"llm", "quantizing"}
 FACES = GROUND | {"__init__", "compilation_cache", "llm", "stream", "quantizing", "engine", "weights"}
-MAY_IMPORT["cli"] = FACES | {"calibrate", "sizing", "serve", "attesting", "verifying"}
+MAY_IMPORT["cli"] = FACES | {"calibrate", "sharding", "sizing", "serve", "attesting", "verifying"}
 MAY_IMPORT["serve"] = FACES | {"text", "attesting"}
 MAY_IMPORT["__main__"] = {"cli"}
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from fusedllm.config import Sampler, SamplingParams
 from fusedllm.engine.config import EngineConfig
+from fusedllm.engine.lockstep import Lockstep
 from fusedllm.engine.pages import Pages
 from fusedllm.engine.prefix import PrefixCache
+from fusedllm.engine.replicas import least_loaded, share_of
 from fusedllm.engine.request import Sequence
 from fusedllm.engine.scheduler import PRIORITY_SECONDS, STEPS_WHILE_WAITING, Plan, Scheduler
 from fusedllm.errors import RequestError
@@ -421,3 +423,83 @@ def test_who_came_and_went_while_others_wait_leaves_nothing_in_the_queue():
         scheduler.end(sequence, "cancelled")
     assert len(scheduler._waiting) < 100
     assert {job.sequence for _, job in scheduler._waiting} >= set(kept[SMALL.max_batch :])
+
+
+def answers(seed: int, clock: float, random_seed: int = 9) -> tuple[list[Plan | None], list[int]]:
+    """The plans, as far as they can be compared, and the seeds of a process whose clock runs `clock` times as fast."""
+    rng = random.Random(seed)
+    config = EngineConfig(
+        max_context=64, page_size=4, cache_tokens=64, prefill_buckets=(4, 8, 16), batch_buckets=(1, 2, 4),
+        decode_steps=6, token_budget=8,
+    )  # fmt: skip
+    device, lockstep = FakeDevice(config), Lockstep(random_seed)
+    plans, seeds = [], []
+    for moment in range(30):
+        for _ in range(rng.randrange(3)):
+            prompt = [rng.randrange(90) for _ in range(rng.randrange(1, 30))]
+            made = request(prompt, rng.randrange(1, 30), at=moment * clock, priority=rng.randrange(-2, 3))
+            lockstep.settle(made)
+            seeds.append(made.seed)
+            device.scheduler.add(made)
+        plan = device.step(6)
+        plans.append(plan and (
+            plan.steps, [(row.job.ids, row.job.seat, row.pages) for row in plan.rows],
+            [(chunk.job.ids, chunk.job.holding.pages[:], chunk.position, chunk.bucket) for chunk in plan.chunks],
+        ))  # fmt: skip
+    return plans, seeds
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32))
+def test_processes_plan_alike_whatever_their_clocks_say(seed):
+    assert answers(seed, clock=0.001) == answers(seed, clock=500.0)
+    assert answers(seed, clock=1.0)[1] != answers(seed, clock=1.0, random_seed=8)[1] or not answers(seed, 1.0)[1]
+
+
+def test_processes_keep_a_seed_that_was_given_and_take_no_deadlines():
+    lockstep = Lockstep(1)
+    seeded = Sequence((1,), SamplingParams(seed=5), frozenset(), 1)
+    lockstep.settle(seeded)
+    assert seeded.seed == 5
+    with pytest.raises(RequestError, match="takes no deadlines"):
+        lockstep.settle(request([1, 2], deadline=5.0))
+
+
+class FakeEngine:
+    """A group of devices: what `least_loaded` asks, and what `FakeDevice` does."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.device = FakeDevice(config)
+
+    @property
+    def load(self) -> int:
+        return len(self.device.scheduler.sequences())
+
+    @property
+    def pages_in_use(self) -> int:
+        return self.device.scheduler.pages.in_use
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), groups=st.integers(2, 4))
+def test_groups_answer_every_request_and_none_waits_where_another_is_idle(seed, groups):
+    rng = random.Random(seed)
+    whole = EngineConfig(
+        max_context=64, page_size=4, cache_tokens=256, prefill_buckets=(4, 8, 16), batch_buckets=(1, 2, 4),
+        decode_steps=6, token_budget=8,
+    )  # fmt: skip
+    engines = [FakeEngine(share_of(whole, groups)) for _ in range(groups)]
+    requests = []
+    for _ in range(rng.randrange(5, 30)):
+        for _ in range(rng.randrange(3)):
+            prompt = [rng.randrange(90) for _ in range(rng.randrange(1, 30))]
+            requests.append(request(prompt, rng.randrange(1, 64 - len(prompt) + 1)))
+            chosen = least_loaded(engines)
+            assert chosen.load == min(engine.load for engine in engines)
+            chosen.device.scheduler.add(requests[-1])
+        for engine in engines:
+            engine.device.step(rng.randrange(1, 7))
+    for engine in engines:
+        engine.device.run()
+    answered = {sequence: ids for engine in engines for sequence, ids in engine.device.answers.items()}
+    assert answered == {sequence: expected(sequence) for sequence in requests}

@@ -129,9 +129,11 @@ def statistics(llm: LLM) -> str:
     """What was loaded, how large the cache is, and what crossed between host and device."""
     runner = llm.engine.runner
     traffic = runner.traffic
+    # One answer is one group's, the first's.
+    where = "" if llm.mesh is None else f", on each {llm.mesh.tp} of {llm.mesh.tp * llm.mesh.dp} devices"
     lines = [
         llm.boundary_report(),
-        f"KV cache {runner.cache_bytes / 1e6:.1f} MB for {runner.engine.cache_tokens} positions",
+        f"KV cache {runner.cache_bytes / 1e6:.1f} MB for {runner.engine.cache_tokens} positions{where}",
         f"{traffic.launches} launches, {traffic.bytes_to_device} bytes to the device, "
         f"{traffic.bytes_to_host} to the host: {traffic.bytes_to_host / max(traffic.tokens, 1):.1f} bytes a token",
     ]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from typing import TYPE_CHECKING
+
+from fusedllm.errors import ShardingError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,14 +66,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="how a policy with a boundary crosses it: the host launches each product (driven, the default), or one "
         "program asks the host, by a callback of Python or natively on the CPU (ffi)",
     )
+    group.add_argument(
+        "--mesh",
+        metavar="tp=T,dp=D",
+        help="split the model over T x D devices: T share the weights, and D such groups answer side by side",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of several processes that share the devices of --mesh: of the first"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0, which writes alone")
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="positions that a request may use")
     group.add_argument("--random-weights", action="store_true", help="seeded random weights of the named architecture")
+
+
+def join_processes(options: argparse.Namespace) -> None:
+    """Joins the other processes, where the options name any; of theirs only the first one's output is shown.
+
+    Raises:
+      ShardingError: some of the options are missing, or the processes don't find one another.
+    """
+    given = (options.coordinator, options.processes, options.process_id)
+    if given == (None, None, None):
+        return
+    if None in given or options.mesh is None:
+        raise ShardingError(
+            "several processes share a --mesh and need --coordinator, --processes and --process-id, all of them."
+        )
+    from fusedllm.sharding.processes import connect
+
+    # What libraries write to standard output as the processes meet goes with the other messages.
+    answers = os.open(os.devnull, os.O_WRONLY) if options.process_id else os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(answers, "w", encoding=sys.stdout.encoding, errors="replace")
+    connect(*given)
 
 
 def load_model(
     options: argparse.Namespace, ckpt: str | Path | Checkpoint | None = None, engine: EngineConfig | None = None
 ) -> LLM:
     """The model that the options name; `ckpt` if that has been opened already, and `engine` if sizes were chosen."""
+    join_processes(options)
     from fusedllm.llm import load
 
     return load(
@@ -81,6 +118,7 @@ def load_model(
         threads=options.threads,
         policy=options.policy,
         crossing=options.crossing,
+        mesh=options.mesh,
         max_context=options.max_context,
         engine=engine,
         random_weights=options.random_weights,

@@ -87,6 +87,11 @@ def run(options: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT."""
     # Everything that can be wrong without the model is found before it is loaded.
     settings = settings_of(options)
+    if options.coordinator is not None:
+        raise SettingsError(
+            "a server's requests come to one process, and --coordinator shares a model between several; leave it away, "
+            "or put separate servers behind a load balancer."
+        )
     buckets = batch_buckets(options.max_batch)
     from fusedllm.serve.listen import check_certificate
     from fusedllm.serve.server import run as serve
@@ -150,6 +155,7 @@ def _sized(options: argparse.Namespace, buckets: tuple[int, ...]) -> tuple[str |
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
         max_context=options.max_context,
+        mesh=options.mesh,
         random_weights=options.random_weights,
         progress=True,
     )

@@ -13,12 +13,14 @@ import numpy as np
 
 from fusedllm.config import SamplingParams
 from fusedllm.engine.flights import Flights
+from fusedllm.engine.lockstep import Lockstep
 from fusedllm.engine.request import Chunk, Constraint, FinishReason
 from fusedllm.engine.request import Sequence as Request
 from fusedllm.engine.runner import Runner
 from fusedllm.engine.scheduler import SCORED_CHUNK, Scheduler
 from fusedllm.engine.stats import EngineStats
 from fusedllm.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from fusedllm.sharding.processes import shared_number
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Engine:
         self.runner = runner
         self.config = runner.engine
         self.failed_steps = 0
+        self._lockstep = Lockstep(shared_number()) if runner.lockstep else None
         self._scheduler = Scheduler(self.config)
         self._flights = Flights(runner, self._scheduler, self._delivered)
         self._deliver: dict[Request, Deliver] = {}
@@ -104,7 +107,7 @@ class Engine:
                 f"prompt_logprobs must be from 0 to {SamplingParams.MAX_LOGPROBS}, got {prompt_logprobs!r}."
             )
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(model.eos_token_ids))
-        return Request(
+        request = Request(
             prompt=tuple(prompt),
             sampling=sampling,
             stop_ids=frozenset(stop_ids),
@@ -115,14 +118,17 @@ class Engine:
             constraint=constraint,
             prompt_logprobs=prompt_logprobs,
         )
+        if self._lockstep is not None:
+            self._lockstep.settle(request)
+        return request
 
     def run(self, sequences: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
         """Yields `(index into sequences, chunk)` as tokens arrive. Closing the iterator cancels what is unfinished."""
         arrived: queue.SimpleQueue[tuple[int, Chunk]] = queue.SimpleQueue()
         for index, sequence in enumerate(sequences):
-            self._add(sequence, lambda chunk, index=index: arrived.put((index, chunk)))  # type: ignore[misc]
+            self.add(sequence, lambda chunk, index=index: arrived.put((index, chunk)))  # type: ignore[misc]
         try:
-            while not (arrived.empty() and self._have_ended(sequences) and arrived.empty()):
+            while not (arrived.empty() and self.have_ended(sequences) and arrived.empty()):
                 if arrived.empty() and not self.alive:
                     with self._lock:
                         if arrived.empty():
@@ -151,6 +157,9 @@ class Engine:
 
     def start(self, max_queue: int | None = None) -> None:
         """Runs requests in a thread of its own until `stop`; `submit` needs it, and lets `max_queue` requests wait."""
+        if self._lockstep is not None:
+            # Requests would come to the others in another order.
+            raise RequestError("a model that several processes share answers who waits for it, not in a thread.")
         if not self.alive:
             self._max_queue = max_queue
             self._stopping = False
@@ -181,7 +190,7 @@ class Engine:
             if self._stopping or not self.alive:
                 raise EngineStoppedError("the engine has stopped; start the server anew.")
             most = self._max_queue
-            waiting = self._scheduler.num_waiting + self._entering + len(self._inbox)
+            waiting = self.load - self._scheduler.num_running
             if most is not None and waiting >= most + self._free_seats:
                 raise QueueFullError(f"{waiting} requests wait already, and {most} may; try again later.")
             self._inbox.append((sequence, deliver))
@@ -253,7 +262,7 @@ class Engine:
                     self._end(sequence, "cancelled" if self._stopping else "error")
                 self._flights.clear()
 
-    def _have_ended(self, sequences: Sequence[Request]) -> bool:
+    def have_ended(self, sequences: Sequence[Request]) -> bool:
         """Whether all have ended, and their last chunks were delivered: the thread does one after the other."""
         # A caller may have ended one of them at a chunk that it was given before.
         if not all(sequence.finished for sequence in sequences):
@@ -268,7 +277,8 @@ class Engine:
                 self._arrived.wait()
             return not self._stopping
 
-    def _add(self, sequence: Request, deliver: Deliver) -> None:
+    def add(self, sequence: Request, deliver: Deliver) -> None:
+        """Queues a request for whoever drives the engine; `deliver` gets its chunks."""
         with self._arrived:
             self._inbox.append((sequence, deliver))
             self._arrived.notify()
@@ -311,6 +321,16 @@ class Engine:
             if not sequence.finished:
                 self._scheduler.end(sequence, "cancelled")
                 self._deliver.pop(sequence, None)
+
+    def step(self) -> None:
+        """Launches what comes next, and reads what was launched before; for who drives several engines."""
+        with self._lock:
+            self._step()
+
+    @property
+    def load(self) -> int:
+        """Requests that have not ended."""
+        return self._scheduler.num_running + self._scheduler.num_waiting + self._entering + len(self._inbox)
 
     def _step(self) -> None:
         """Launches what comes next, and reads what was launched before."""

@@ -65,8 +65,10 @@ class Flights:
 
     @property
     def steps(self) -> int:
-        """How many decode steps a launch should have, by the time that a step takes."""
+        """How many decode steps a launch should have, by the time that a step takes; in step with others, the most."""
         config = self._runner.engine
+        if self._runner.lockstep:
+            return config.decode_steps
         if not self._step_seconds:
             return min(FIRST_STEPS, config.decode_steps)
         return max(1, min(round(config.latency_seconds / self._step_seconds), config.decode_steps))
@@ -77,6 +79,8 @@ class Flights:
         config = self._runner.engine
         room = config.latency_seconds - (self._step_seconds or 0.0)
         buckets = [bucket for bucket in config.prefill_buckets if bucket <= config.token_budget]
+        if self._runner.lockstep:
+            return buckets[-1]
         fitting = [bucket for bucket in buckets if self._estimate(bucket) <= room]
         return max(fitting, default=buckets[0])
 

@@ -83,7 +83,7 @@ class Timings:
         return self.first_token - self.arrived
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """A request inside the engine. `stop_ids` end it inside the program; stop strings are the caller's to watch.
 
@@ -94,6 +94,7 @@ class Sequence:
       constraint: the grammar that the output follows.
       prompt_logprobs: as `SamplingParams.logprobs`, for the tokens of the prompt.
       error: why the request ended by its own fault, for the user.
+      order: what counts as the time of its arrival, where no clock may decide (`lockstep.py`).
       cached_tokens: of the prompt, how many were found in the prefix cache when its prefill began.
     """
 
@@ -108,6 +109,7 @@ class Sequence:
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
     error: str | None = None
+    order: float | None = None
     cached_tokens: int = 0
     pages: tuple[int, ...] = ()
     generated: int = 0

@@ -24,6 +24,7 @@ from fusedllm.model.cache import NULL_PAGE, KVCache, empty_cache
 from fusedllm.model.params import Params
 from fusedllm.model.placement import Placement
 from fusedllm.model.sampling import Logprobs, SamplingState, Seen
+from fusedllm.sharding.layout import Layout
 
 # Every token of a word is allowed.
 ALL_BITS = 0xFFFFFFFF
@@ -58,9 +59,12 @@ class Runner:
         dtype: DTypeLike,
         cache_dtype: DTypeLike,
         implementation: str | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
+        # Whether other processes launch the same, so that nothing may depend on this one's clock or chance.
+        self.lockstep = layout is not None and layout.lockstep
         self.traffic = Traffic()
         self.compile_seconds = 0.0
         self._params = params
@@ -68,14 +72,15 @@ class Runner:
         self._head = replace(params, layers=())
         self._stops = SamplingParams.MAX_STOP_TOKEN_IDS + max(len(config.eos_token_ids), 1)
         self._compiled: set[str] = set()
+        compiled = placement.compile if layout is None else layout.compile
         programs = Programs(config, placement, jnp.dtype(dtype), implementation)
-        self._prefill = placement.compile(programs.prefill, donate_argnums=1)
-        self._logits = placement.compile(programs.logits, donate_argnums=1)
-        self._score = placement.compile(programs.score, donate_argnums=1)
-        self._prefill_scored = placement.compile(programs.prefill_scored, donate_argnums=1)
-        self._admit = placement.compile(programs.admit, donate_argnums=1)
+        self._prefill = compiled(programs.prefill, donate_argnums=1)
+        self._logits = compiled(programs.logits, donate_argnums=1)
+        self._score = compiled(programs.score, donate_argnums=1)
+        self._prefill_scored = compiled(programs.prefill_scored, donate_argnums=1)
+        self._admit = compiled(programs.admit, donate_argnums=1)
         self._decode = {
-            sampler: placement.compile(
+            sampler: compiled(
                 functools.partial(
                     programs.decode,
                     most=engine.decode_steps,
@@ -89,21 +94,23 @@ class Runner:
         # Where the parameters are, and bound to it: a program is compiled once for state that is bound to a place and
         # once for state that is not, and what comes out of a launch is bound.
         home = params.final_norm.sharding
+        self._place: Callable[[np.ndarray], jax.Array] = (
+            functools.partial(jax.device_put, device=home) if layout is None else layout.everywhere
+        )
         self._empty_cache = jax.jit(
-            functools.partial(empty_cache, config, engine.num_pages, engine.page_size, cache_dtype), out_shardings=home
+            functools.partial(empty_cache, config, engine.num_pages, engine.page_size, cache_dtype),
+            out_shardings=home if layout is None else layout.cache,
         )
         self._empty_seats = jax.jit(
             lambda: empty_seats(config, engine.max_batch, engine.table_entries, self._stops), out_shardings=home
         )
         # On the device already, so that an ordinary admission does not send a row of the vocabulary.
         self._no_token, self._no_count = (
-            jax.device_put(np.zeros((1, config.vocab_size), dtype), home) for dtype in (np.bool_, np.int32)
+            self._place(np.zeros((1, config.vocab_size), dtype)) for dtype in (np.bool_, np.int32)
         )
         # What allows everything, for launches without a grammar.
         self._words = mask_words(config)
-        self._all_allowed = {
-            batch: jax.device_put(self.all_allowed(batch), home) for batch in {1, *engine.batch_buckets}
-        }
+        self._all_allowed = {batch: self._place(self.all_allowed(batch)) for batch in {1, *engine.batch_buckets}}
         self._cache: KVCache = self._make_cache()
         self._seats: Seats = self._empty_seats()
 
@@ -352,7 +359,7 @@ class Runner:
     def _to_device(self, array: np.ndarray) -> jax.Array:
         """`array` where what was warmed up is: an argument in another place makes another program."""
         self.traffic.bytes_to_device += array.nbytes
-        return jax.device_put(array, self._no_token.sharding)
+        return self._place(array)
 
 
 def orders(

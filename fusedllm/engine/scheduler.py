@@ -159,7 +159,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> bool:
         """Queues a request, whose prompt and budget must fit the context; no if its grammar allows nothing."""
-        due = sequence.timings.arrived + sequence.priority * PRIORITY_SECONDS
+        arrived = sequence.timings.arrived if sequence.order is None else sequence.order
+        due = arrived + sequence.priority * PRIORITY_SECONDS
         job = Job(sequence, list(sequence.prompt), (due, next(self._serial)))
         if not self._constrain(job):
             self.finished["error"] += 1

@@ -17,6 +17,7 @@ from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.link import Driven, Link, Product
 from fusedllm.partition.pad_supply import PadReport
 from fusedllm.partition.plain import Plain
+from fusedllm.partition.sharded import Sharded
 from fusedllm.partition.split import Split, clear_product
 from fusedllm.partition.views import Label
 
@@ -155,16 +156,25 @@ def find(name: str) -> Policy:
 
 
 def apply(
-    name: str, params: Params, *, implementation: str | None, activation_bits: int, crossing: str | None = None
+    name: str,
+    params: Params,
+    *,
+    implementation: str | None,
+    activation_bits: int,
+    crossing: str | None = None,
+    sharded: bool = False,
 ) -> Applied:
     """Puts a policy over a model whose parameters are `params`; `crossing` is one of `CROSSINGS`, by default the first.
 
+    `sharded` is whether the parameters lie on a mesh.
+
     Raises:
-      PolicyError: there is no such policy, or no device for it, or it has no such crossing.
+      PolicyError: there is no such policy, or no device for it, or it has no such crossing, or none over a mesh.
     """
     policy = find(name)
     check_crossing(policy, crossing)
-    plain = Plain(implementation, activation_bits)
+    check_mesh(policy, sharded)
+    plain = (Sharded if sharded else Plain)(implementation, activation_bits)
     if not policy.crosses:
         if name == "trusted":
             here = trusted_cpu()
@@ -188,6 +198,19 @@ def apply(
     return Applied(
         policy, placement, placement.place(params), boundary.ledger, boundary, crossing or CROSSINGS[0], device
     )
+
+
+def check_mesh(policy: Policy, sharded: bool) -> None:
+    """Refuses a mesh under any policy but `plain`.
+
+    Raises:
+      PolicyError: it is so.
+    """
+    if sharded and policy.name != "plain":
+        raise PolicyError(
+            f"a mesh was asked for under the policy {policy.name!r}; only plain runs on several devices, so leave one "
+            "of them away."
+        )
 
 
 def check_crossing(policy: Policy, crossing: str | None) -> None:

@@ -24,8 +24,10 @@ from fusedllm.kernels import packed
 from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import BlockScheme
+from fusedllm.sharding.layout import Layout
 from fusedllm.weights.arena import ALIGNMENT, Arena, aligned_empty
 from fusedllm.weights.checkpoint import Checkpoint, LazyTensor
+from fusedllm.weights.spread import Spreader
 
 # NumPy lets go of the interpreter while it casts and copies; two threads reach the memory's limit on small machines.
 THREADS = 2
@@ -70,9 +72,10 @@ def load_params(
     keep_quantized: bool = False,
     pack: bool = False,
     device: jax.Device | None = None,
+    layout: Layout | None = None,
     progress: bool = False,
 ) -> tuple[Params, LoadReport]:
-    """The parameters of `checkpoint` on `device`, and a report of what was copied to get them there.
+    """The parameters of `checkpoint` on `device`, or cut over the mesh of `layout`, and a report of what was copied.
 
     On the CPU, read-only memory on a 64-byte boundary becomes an array as it lies (the array keeps the map alive);
     all else is copied once, straight to where it stays. `dtype=None` keeps the file's. With `keep_quantized` a matrix
@@ -82,6 +85,7 @@ def load_params(
     Raises:
       CheckpointError: a tensor that the configuration asks for is missing or has another shape, the file has one that
         the configuration doesn't know, or a tensor can't be read.
+      ShardingError: a quantized matrix can't be cut for the mesh.
     """
     started = time.perf_counter()
     wanted = specs(checkpoint.config)
@@ -93,6 +97,8 @@ def load_params(
         device=device or jax.devices()[0],
         release=checkpoint.release,
     )
+    if layout is not None:
+        loader.spreader = Spreader(layout, loader.count)
     total = sum(checkpoint.tensors[name].nbytes for name in wanted)
     arrays: dict[str, Any] = {}
     with (
@@ -101,7 +107,7 @@ def load_params(
         ) as bar,
         ThreadPoolExecutor(THREADS, thread_name_prefix="fusedllm-load") as pool,
     ):
-        futures = {name: pool.submit(loader.load, checkpoint.tensors[name]) for name in wanted}
+        futures = {name: pool.submit(loader.load, checkpoint.tensors[name], spec) for name, spec in wanted.items()}
         try:
             for name, future in futures.items():
                 arrays[name] = future.result()
@@ -169,25 +175,43 @@ class _Loader:
     unreleased: int = 0
     copies: dict[str, int] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    # Where there is a mesh.
+    spreader: Spreader | None = None
 
-    def load(self, tensor: LazyTensor) -> jax.Array | QuantArray:
+    def load(self, tensor: LazyTensor, spec: ParamSpec) -> jax.Array | QuantArray:
         if self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2:
-            return self._quantized(tensor, tensor.read_quantized())
+            return self._quantized(tensor, tensor.read_quantized(), spec)
         values = tensor.read()
         _check_shape(tensor, values.shape)
         reason = f"dequantized from {tensor.quantization}" if tensor.quantization else None
-        return self._put(values, values.dtype if self.dtype is None else self.dtype, reason)
+        dtype = values.dtype if self.dtype is None else self.dtype
+        if self.spreader is not None:
+            return self.spreader.plain(values, dtype, spec, reason)
+        return self._put(values, dtype, reason)
 
-    def _quantized(self, tensor: LazyTensor, array: QuantArray) -> jax.Array | QuantArray:
+    def _quantized(self, tensor: LazyTensor, array: QuantArray, spec: ParamSpec) -> jax.Array | QuantArray:
         _check_shape(tensor, array.shape)
+        if self.spreader is not None:
+            return self._spread(array, spec, self.spreader)
         if self.pack:
             layout = packed.layout_of(array)
             if layout is not None:
                 return self._packed(array, layout)
             if isinstance(array.scheme, BlockScheme):
-                return self._narrowed(array, array.scheme)
+                narrow = self._narrowed(array, array.scheme)
+                return self._put(narrow, narrow.dtype, f"dequantized from {array.scheme.name}")
         placed: QuantArray = jax.tree.map(lambda leaf: self._put(leaf, leaf.dtype), array)
         return placed
+
+    def _spread(self, array: QuantArray, spec: ParamSpec, spreader: Spreader) -> jax.Array | QuantArray:
+        if not self.pack:
+            return spreader.codes(array, spec)
+        if isinstance(array.scheme, BlockScheme) and packed.layout_of(array) is None:
+            narrow = self._narrowed(array, array.scheme)
+            return spreader.plain(narrow, narrow.dtype, spec, f"dequantized from {array.scheme.name}")
+        placed = spreader.packed(array, spec)
+        self._count_released(array.nbytes)
+        return spreader.codes(array, spec) if placed is None else placed
 
     def _packed(self, array: QuantArray, layout: packed.PackedScheme) -> QuantArray:
         shape = layout.packed_shape(array.shape)
@@ -197,7 +221,7 @@ class _Loader:
         self._count_released(array.nbytes)
         return QuantArray(values, None, None, layout, array.shape)
 
-    def _narrowed(self, blocks: QuantArray, scheme: BlockScheme) -> jax.Array:
+    def _narrowed(self, blocks: QuantArray, scheme: BlockScheme) -> np.ndarray:
         """float16, decoded some rows at a time: a whole matrix of float32 would be the most that loading ever holds."""
         rows, width = blocks.shape
         narrow = aligned_empty((rows, width), np.dtype(np.float16))
@@ -206,9 +230,8 @@ class _Loader:
             part = narrow[first : first + step]
             with np.errstate(over="ignore"):
                 part[...] = scheme.decode_numpy(np.asarray(blocks.values[first : first + step]), part.shape)
-        array = self._put(narrow, narrow.dtype, f"dequantized from {scheme.name}")
         self._count_released(blocks.values.nbytes)
-        return array
+        return narrow
 
     def _count_released(self, nbytes: int) -> None:
         """Lets go of the file's pages now and then: what is packed is not read again."""
@@ -226,7 +249,7 @@ class _Loader:
             # The transfer is asynchronous and holds the host's copy: waiting bounds how many of them are alive.
             array: jax.Array = jax.device_put(values.astype(dtype, copy=False), self.device)
             array.block_until_ready()
-            self._count(reason or f"from the host to the {self.device.platform}", array.nbytes)
+            self.count(reason or f"from the host to the {self.device.platform}", array.nbytes)
             return array
         # Writeable memory would be aliased too, and then whoever writes to it writes into the model.
         if values.dtype != dtype or (values.flags.writeable and reason is None) or _is_unaligned(values):
@@ -239,10 +262,10 @@ class _Loader:
         if reason is None and array.unsafe_buffer_pointer() != values.ctypes.data:
             reason = "copied by the runtime"
         if reason is not None:
-            self._count(reason, array.nbytes)
+            self.count(reason, array.nbytes)
         return array
 
-    def _count(self, reason: str, nbytes: int) -> None:
+    def count(self, reason: str, nbytes: int) -> None:
         with self.lock:
             self.copies[reason] = self.copies.get(reason, 0) + nbytes
 
