@@ -158,7 +158,7 @@ def _program(
     head = lax.axis_index("head") * plan.heads
     begin = start[row]
     # What all of a program's warpgroups go through, whatever they see of it: so the ring needs no other order.
-    first, end = _blocks(plan, begin + tile * plan.queries, plan.queries)
+    first, end = _blocks(plan, begin, tile * plan.queries)
     turns = jnp.maximum(end - first, 0)
 
     def slot(turn: Any) -> Any:
@@ -254,12 +254,13 @@ def _program(
     support.roles(interpret, copying, computing, WORKERS)
 
 
-def _blocks(plan: Plan, lowest: Any, count: int) -> tuple[Any, Any]:
-    """The first block of keys that any of `count` queries from position `lowest` on sees, and the one after the last."""
-    end = jnp.minimum(lax.div(lowest + count - 1, jnp.int32(KEYS)) + 1, pl.cdiv(plan.capacity, KEYS))
+def _blocks(plan: Plan, begin: Any, query: Any) -> tuple[Any, Any]:
+    """The first block of keys that any query of a program from `query` on sees, and the one after the last."""
+    latest = begin + jnp.minimum(query + plan.queries, plan.seq) - 1
+    end = jnp.minimum(lax.div(latest, jnp.int32(KEYS)) + 1, pl.cdiv(plan.capacity, KEYS))
     if plan.window is None:
         return jnp.int32(0), end
-    return lax.div(jnp.maximum(lowest - plan.window + 1, 0), jnp.int32(KEYS)), end
+    return lax.div(jnp.maximum(begin + query - plan.window + 1, 0), jnp.int32(KEYS)), end
 
 
 def _whole_blocks(plan: Plan, lowest: Any) -> tuple[Any, Any]:
