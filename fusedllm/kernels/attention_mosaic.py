@@ -1,4 +1,4 @@
-"""`paged_attention` with Mosaic GPU, for prefills on Hopper: pages come by the copy engine, and two warpgroups multiply.
+"""`paged_attention` with Mosaic GPU, for prefills on Hopper: the copy engine brings pages, and two warpgroups multiply.
 
 The manner is that of FlashAttention-3 (arXiv:2407.08608), learned from the kernel of unpaged attention that jax ships
 (`jax.experimental.pallas.ops.gpu.attention_mgpu`): a warpgroup starts copies of keys and values into a ring of stages,
@@ -172,7 +172,10 @@ def _program(
             # All numbers of pages are read before the first is waited for. Beyond the table nothing is visible.
             within = [jnp.minimum(lax.div(at, jnp.int32(plan.page_size)), plan.table - 1) for at in begins]
             ids = [page_table[row, page] for page in within]
-            for pages, ring, landed, free in ((k_pages, k_shared, k_landed, k_free), (v_pages, v_shared, v_landed, v_free)):
+            for pages, ring, landed, free in (
+                (k_pages, k_shared, k_landed, k_free),
+                (v_pages, v_shared, v_landed, v_free),
+            ):
 
                 @pl.when(turn >= plan.stages)
                 def _(free: Any = free) -> None:

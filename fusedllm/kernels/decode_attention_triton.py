@@ -179,7 +179,9 @@ def _split(*refs: Any, layout: Layout, plan: Plan) -> None:
         queries = turn(q, (row, query_head[:, None]), mask).astype(q.dtype)
         newest = [
             _as_held(x, held.dtype)
-            for x, held in zip((turn(k, (row, head), inside), _load(v, (row, head, column), inside)), pages, strict=False)
+            for x, held in zip(
+                (turn(k, (row, head), inside), _load(v, (row, head, column), inside)), pages, strict=False
+            )
         ]
         _write(newest, updated, page_table, row, head, begin, split == 0, layout)
         state = _where(split == 0, _newest_seen(queries, newest, layout), nothing_seen(plan.rows, layout.width))
@@ -243,7 +245,9 @@ class _Rotation:
         column, inside = layout.columns()
         angle = jax.lax.rem(column, half)
         cosines, sines = (_load(x, (row, angle), inside) for x in (cos, sin))
-        return cls(cosines, jnp.where(column < half, -sines, sines), column, jax.lax.rem(column + half, layout.head_dim))
+        return cls(
+            cosines, jnp.where(column < half, -sines, sines), column, jax.lax.rem(column + half, layout.head_dim)
+        )
 
     def __call__(self, ref: Any, place: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
         """The elements at `place` of `ref`, rotated, float32."""
@@ -296,9 +300,7 @@ def _write(
             triton.store(updated[2 + of].at[place], scale, mask=writes)
 
 
-def _newest_seen(
-    queries: jax.Array, newest: list[tuple[jax.Array, jax.Array | None]], layout: Layout
-) -> State:
+def _newest_seen(queries: jax.Array, newest: list[tuple[jax.Array, jax.Array | None]], layout: Layout) -> State:
     """The state after the newest position alone."""
     key, value = (
         from_held(held, layout).astype(jnp.float32) * (np.float32(1) if scale is None else scale)

@@ -35,9 +35,23 @@ SWIZZLE = 128
 SWIZZLED_ROWS = 8
 
 # Registers of a thread that computes beside one that only starts copies: a processor has 65,536, and two warpgroups of
-# the one with one of the other take 64,512. The numbers are those of FlashAttention-3 (arXiv:2407.08608) as jax ships it.
+# the one with one of the other take 64,512. The numbers are those of the FlashAttention-3 that jax ships.
 COMPUTING_REGISTERS = 232
 COPYING_REGISTERS = 40
+
+
+# Releases of CUDA, as numbers, whose ptxas compiles comparisons of positions wrongly, says the kernel that jax ships.
+WRONG_FROM, WRONG_BELOW = 12080, 12091
+
+
+def why_not_compiled() -> str | None:
+    """Why the CUDA that is here can't compile masked scores, or `None` if it can or none is here."""
+    from jax._src.lib import cuda_versions
+
+    version = None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    if version is not None and WRONG_FROM <= version < WRONG_BELOW:
+        return f"the ptxas of CUDA {version // 1000}.{version % 1000 // 10} compiles it wrongly; 12.9.1 is needed"
+    return None
 
 
 def launch(
@@ -128,9 +142,9 @@ def product(a: Any, b: Any, turned: bool, interpret: bool, total: jax.Array | No
         return accumulator[...]
 
     if total is None:
-        result: jax.Array = pl.run_scoped(multiply, gpu.ACC((a.shape[0], columns), dtype))
+        result: jax.Array = pl.run_scoped(multiply, gpu.WGMMAAccumulatorRef((a.shape[0], columns), dtype))
         return result
-    added: jax.Array = pl.run_state(lambda accumulator: gpu.wgmma(accumulator, a, right))(gpu.ACC.init(total))
+    added: jax.Array = pl.run_state(lambda accumulator: gpu.wgmma(accumulator, a, right))(gpu.WGMMAAccumulatorRef.init(total))
     return added
 
 
@@ -141,7 +155,7 @@ def filled(shape: tuple[int, ...], value: float, interpret: bool) -> jax.Array:
     return numbers if interpret else gpu.layout_cast(numbers, layout)
 
 
-def numbered(shape: tuple[int, int], axis: int, interpret: bool) -> jax.Array:
+def numbered(shape: tuple[int, ...], axis: int, interpret: bool) -> jax.Array:
     """The number of each element's row or column, int32, as a matrix as `product` returns it."""
     if interpret:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -149,7 +163,7 @@ def numbered(shape: tuple[int, int], axis: int, interpret: bool) -> jax.Array:
     return numbers
 
 
-def along_rows(numbers: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def along_rows(numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A number for each row, as a matrix."""
     return lax.broadcast_in_dim(numbers, shape, (0,))
 
@@ -159,7 +173,8 @@ def rewrite(ref: Any, change: Callable[[jax.Array], jax.Array], interpret: bool)
     if interpret:
         ref[...] = change(ref[...])
         return
-    load = functools.partial(gpu.load, layout=gpu.Layout.WGMMA)
+    load: Any = functools.partial(gpu.load, layout=gpu.Layout.WGMMA)
+    # jax 0.10 wants an index, and jax 0.11 none.
     ref[...] = change(load(ref) if hasattr(gpu, "InterpretGPUParams") else load(ref, ()))
     gpu.commit_smem()
 

@@ -19,7 +19,23 @@ LEAST_CAPABILITY = {"triton": 8.0, "mosaic": 9.0}
 
 GENERATIONS = {8.0: "Ampere", 9.0: "Hopper"}
 
-# What the attention kernels keep in registers: elements of a head, and query heads of a KV head.
+# Mosaic's kernels multiply with an instruction (wgmma) that Hopper has and its successors do not.
+MOSAIC_BELOW = 10.0
+
+# Operations whose Mosaic kernel is chosen where nothing is asked for. Those kernels wait for each other's barriers, and
+# one that is wrong stops a GPU: so a kernel is entered here once `pytest -m gpu` and `benchmarks/gpu.py` have run it on
+# a Hopper, and it was faster than Triton's. Until then `implementation="mosaic"` asks for it.
+AUTOMATIC_MOSAIC: frozenset[str] = frozenset()
+
+# What Mosaic's attention takes: elements of a head, and queries, with fewer of which most of a tile would be empty.
+MOSAIC_HEAD_DIMS = (64, 128)
+MOSAIC_DTYPES = ("bfloat16", "float16")
+MOSAIC_LEAST_QUERIES = 64
+# Its blocks of keys; pages fill one, or are cut into some.
+MOSAIC_KEYS = 128
+MOSAIC_LEAST_PAGE = 8
+
+# What Triton's attention kernels keep in registers: elements of a head, and query heads of a KV head.
 MOST_HEAD_DIM = 256
 MOST_GROUP = 64
 
@@ -32,6 +48,7 @@ BYTES_OF_SIGNED_OFFSETS = 2**31
 BYTES_OF_UNSIGNED_OFFSETS = 2**32
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
+_automatic_mosaic = contextvars.ContextVar("automatic_mosaic", default=AUTOMATIC_MOSAIC)
 _supposed: contextvars.ContextVar[float | None] = contextvars.ContextVar("supposed", default=None)
 
 
@@ -53,10 +70,28 @@ def interprets() -> bool:
     return _interpreting.get()
 
 
+@contextlib.contextmanager
+def automatic_mosaic(*operations: str) -> Iterator[None]:
+    """Inside, the Mosaic kernels of these operations are chosen where nothing is asked for, besides those of the table.
+
+    For measuring a whole model with kernels that are not in `AUTOMATIC_MOSAIC` yet.
+    """
+    before = _automatic_mosaic.set(_automatic_mosaic.get().union(operations))
+    try:
+        yield
+    finally:
+        _automatic_mosaic.reset(before)
+
+
+def is_automatic(operation: str, implementation: str) -> bool:
+    """Whether this implementation of `operation` may be chosen where nothing is asked for."""
+    return implementation != "mosaic" or operation in _automatic_mosaic.get()
+
+
 def why_not_on(backend: str, lowering: str) -> str | None:
     """Why Pallas can't run a kernel on `backend` (jax's name for it) by way of `lowering`, or `None` if it can.
 
-    `lowering` is `"triton"`, for GPUs of NVIDIA and AMD, or `"mosaic"`, for NVIDIA's from Hopper on.
+    `lowering` is `"triton"`, for GPUs of NVIDIA and AMD, or `"mosaic"`, for Hopper.
     """
     if interprets():
         return None
@@ -69,6 +104,8 @@ def why_not_on(backend: str, lowering: str) -> str | None:
         return "Mosaic GPU is for GPUs of NVIDIA, and this is none" if lowering == "mosaic" else None
     if found < least:
         return f"{lowering} needs compute capability {least:.1f} ({GENERATIONS[least]}), and this GPU has {found:.1f}"
+    if lowering == "mosaic" and found >= MOSAIC_BELOW:
+        return f"mosaic multiplies with an instruction of Hopper alone, and this GPU has compute capability {found:.1f}"
     return None
 
 
@@ -117,3 +154,23 @@ def why_not_attention(q: jax.Array, pages: tuple[jax.Array, ...]) -> str | None:
     if held.dtype.itemsize == 1 and BYTES_OF_SIGNED_OFFSETS < held.size <= BYTES_OF_UNSIGNED_OFFSETS:
         return f"pages of {held.size} bytes, whose offsets Pallas does not reach"
     return None
+
+
+def why_not_attention_mosaic(q: jax.Array, pages: tuple[jax.Array, ...]) -> str | None:
+    """Why Mosaic's attention kernel can't take queries and pages like these, or `None` if it can."""
+    held, (_, seq, _, head_dim) = pages[0], q.shape
+    page_size = held.shape[2]
+    if q.dtype.name not in MOSAIC_DTYPES or held.dtype != q.dtype or len(pages) > 2:
+        return f"it takes queries and caches in one of {', '.join(MOSAIC_DTYPES)}, got {q.dtype} and {held.dtype}"
+    if head_dim not in MOSAIC_HEAD_DIMS:
+        return f"heads of {head_dim} elements, where {' or '.join(map(str, MOSAIC_HEAD_DIMS))} are needed"
+    if page_size < MOSAIC_LEAST_PAGE or (MOSAIC_KEYS % page_size and page_size % MOSAIC_KEYS):
+        return (
+            f"pages of {page_size} positions, where a power of two from {MOSAIC_LEAST_PAGE} on or a multiple of "
+            f"{MOSAIC_KEYS} is needed"
+        )
+    if seq < MOSAIC_LEAST_QUERIES:
+        return f"it is for prefills of {MOSAIC_LEAST_QUERIES} positions or more, got {seq}"
+    from fusedllm.kernels.mosaic_support import why_not_compiled
+
+    return why_not_compiled()
