@@ -19,7 +19,17 @@ from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.attention_mosaic import KEYS, Plan, _blocks, _visible, _whole_blocks, attention_mosaic
 from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.choose import traced_for
+from fusedllm.kernels.dequantize import dequantize
+from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.linear import linear
+from fusedllm.kernels.linear_mosaic import Plan as ProductPlan
+from fusedllm.kernels.linear_mosaic import product_mosaic
 from fusedllm.kernels.pallas_support import interpreting
+from fusedllm.qarray import QuantArray
+from fusedllm.quant.schemes import SCHEMES
+
+# jax says so from 0.11 on, whatever the kernel.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 # Half of the last bit's step of a number.
 HALF_STEP = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
@@ -238,6 +248,115 @@ def test_what_mosaic_can_not_take_is_refused_if_asked_for_and_left_to_triton_if_
     assert "@mosaic_gpu" not in program
 
 
+# One of each way to multiply: a scale a row or a group, one or two codes a byte, zero points or none, turns of 64 and
+# of 128 columns, groups of several turns.
+MULTIPLIED = (
+    (GroupedScheme("int8", 8), 512, "bfloat16"),
+    (GroupedScheme("int8-g64-asym", 8, 64, symmetric=False), 384, "float16"),
+    (GroupedScheme("int4-g64", 4, 64, symmetric=False), 384, "bfloat16"),
+    (GroupedScheme("int4-g128-sym", 4, 128), 512, "float16"),
+    (GroupedScheme("int4-g256", 4, 256, symmetric=False), 896, "float16"),
+    (GroupedScheme("int8-g128", 8, 128), 768, "bfloat16"),
+)
+SCHEME_NAMES = ("int8", "int8-g64", "int8-g128", "int4-g64", "int4-g128", "int4-g64-sym", "int4-g128-sym")
+# Of llama-1b: k and v, q and o, gate and up, down.
+WEIGHTS = ((512, 2048), (2048, 2048), (8192, 2048), (2048, 8192))
+
+
+def random_codes(scheme, shape, seed):
+    """Any bytes, as a quantizer need not make them, with scales of both signs and zero points between codes."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 256, (shape[0], scheme.row_bytes(shape[1]))).astype(np.uint8)
+    grid = (shape[0], scheme.groups(shape[1]))
+    scales = (rng.uniform(0.5, 1, grid) * rng.choice([-0.01, 0.01], grid)).astype(np.float16)
+    zeros = None if scheme.symmetric else jnp.asarray(rng.uniform(0, scheme.highest, grid).astype(np.float16))
+    return QuantArray(jnp.asarray(values), jnp.asarray(scales), zeros, scheme, shape)
+
+
+def check_product(scheme, shape, tokens, dtype):
+    weight = random_codes(scheme, shape, shape[1])
+    x = jnp.asarray(np.random.default_rng(tokens).standard_normal((tokens, shape[1])), dtype)
+    found, beside = (np.float64(linear(x, weight, implementation=how)[0]) for how in ("mosaic", "xla"))
+    activations, decoded = np.float64(x), np.float64(dequantize(weight, implementation="xla"))
+    wanted, magnitudes = activations @ decoded.T, np.abs(activations) @ np.abs(decoded).T
+    # float32 sums round as often as there are columns, in random directions; the result is rounded once.
+    step = HALF_STEP[dtype]
+    slack = 2 * np.sqrt(shape[1]) * 2.0**-24 * magnitudes + 1.01 * step * np.abs(wanted)
+    if not scheme.symmetric:
+        # A code less a zero point between codes is rounded, as in XLA's product the weight is.
+        slack = slack + step * magnitudes
+    assert (np.abs(found - wanted) <= slack).all()
+    assert (np.abs(found - beside) <= 2 * slack + step * magnitudes).all()
+
+
+@pytest.mark.parametrize(("scheme", "width", "dtype"), MULTIPLIED, ids=str)
+def test_products_are_those_of_the_decoded_weights(scheme, width, dtype):
+    with interpreting():
+        check_product(scheme, (128, width), 130, dtype)
+
+
+def test_a_program_of_many_rows_multiplies_two_blocks_of_them(monkeypatch):
+    monkeypatch.setattr("fusedllm.kernels.linear_mosaic.PROGRAMS", 1)
+    jax.clear_caches()
+    with interpreting():
+        check_product(GroupedScheme("int4-g64", 4, 64, symmetric=False), (256, 128), 128, "bfloat16")
+    jax.clear_caches()
+
+
+def test_a_product_is_cut_so_that_every_column_is_multiplied_once():
+    for name in SCHEME_NAMES:
+        for tokens in (128, 129, 1024, 5000):
+            for shape in WEIGHTS:
+                plan = ProductPlan.of(tokens, shape, SCHEMES[name])
+                assert plan.turns * plan.depth == shape[1]
+                assert plan.rows * plan.height == shape[0]
+                assert plan.tokens * 128 >= tokens
+                assert plan.each * plan.depth == SCHEMES[name].group_size
+                assert 2 <= plan.stages <= plan.turns
+                assert plan.parts == 1 or plan.rows * plan.tokens >= 132
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "tokens", "dtype", "out", "reason"),
+    [
+        ("int3-g64", (128, 128), 128, "bfloat16", None, "integers of four or eight bits, got int3-g64"),
+        ("w8a8", (128, 128), 128, "bfloat16", None, "integers of four or eight bits, got w8a8"),
+        ("fp8", (128, 128), 128, "bfloat16", None, "integers of four or eight bits, got fp8"),
+        ("int8", (128, 128), 128, "float32", None, "in bfloat16, float16, got float32 and float32"),
+        ("int8", (128, 128), 128, "bfloat16", "float32", "in bfloat16, float16, got bfloat16 and float32"),
+        ("int4-g32", (128, 128), 128, "bfloat16", None, "groups of 32 weights, where 64 or a multiple of 128"),
+        ("int8", (96, 128), 128, "bfloat16", None, "a weight of 96 x 128, where multiples of 128 and of 128"),
+        ("int4-g64", (128, 96), 128, "bfloat16", None, "a weight of 128 x 96, where multiples of 128 and of 64"),
+        ("int8", (128, 128), 127, "bfloat16", None, "for 128 tokens or more, got 127"),
+    ],
+)
+def test_products_that_mosaic_can_not_make_are_refused_or_left_to_triton(scheme, shape, tokens, dtype, out, reason):
+    weight = random_codes(SCHEMES[scheme], shape, 0)
+    x = jnp.ones((tokens, shape[1]), dtype)
+    with interpreting(), pytest.raises(ImplementationError, match=f"linear: the implementation 'mosaic'.*{reason}"):
+        linear(x, weight, out_dtype=out, implementation="mosaic")
+    with pallas_support.automatic_mosaic("linear"):
+        program = lowered(lambda x, weight: linear(x, weight, out_dtype=out)[0], x, weight)
+    assert "gpu.triton" in program
+    assert "@mosaic_gpu" not in program
+
+
+def test_weights_of_one_call_go_to_the_kernels_that_take_them():
+    weights = [random_codes(SCHEMES[name], (128, 128), 0) for name in ("int8", "int3-g64")]
+    with pallas_support.automatic_mosaic("linear"):
+        program = lowered(lambda x, *weights: linear(x, *weights), jnp.ones((1, 128, 128), jnp.bfloat16), *weights)
+    assert program.count("custom_call @mosaic_gpu") == program.count("gpu.triton") == 1
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_products_are_lowered_for_a_hopper(name, shape):
+    weight = jax.eval_shape(lambda: random_codes(SCHEMES[name], shape, 0))
+    x = jax.ShapeDtypeStruct((1024, shape[1]), jnp.bfloat16)
+    program = lowered(lambda x, weight: product_mosaic(x, weight, np.dtype(jnp.bfloat16), False), x, weight)
+    assert program.count("custom_call @mosaic_gpu") == 1
+
+
 def lowered(function, *arguments):
     """The program for an H200 that is not here."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -292,5 +411,15 @@ def test_a_hopper_gives_the_same_attention(hopper, case):
     check_attention(case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(128, 896), *WEIGHTS], ids=str)
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_a_hopper_gives_the_same_products(hopper, name, shape):
+    for tokens, dtype in ((130, "float16"), (1024, "bfloat16")):
+        check_product(SCHEMES[name], shape, tokens, dtype)
+
+
 if __name__ == "__main__":
     check_attention(CASES[0])
+    check_product(SCHEMES["int4-g64"], (256, 512), 256, "bfloat16")
+    check_product(SCHEMES["int8"], (256, 512), 256, "bfloat16")

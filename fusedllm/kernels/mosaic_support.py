@@ -89,10 +89,15 @@ def _interpreter() -> Any:
 
 def shared(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory whose last two axes are a matrix that the copy engine fills and products read."""
-    columns = SWIZZLE // np.dtype(dtype).itemsize
-    return gpu.SMEM(
-        shape, dtype, transforms=(gpu.TilingTransform((SWIZZLED_ROWS, columns)), gpu.SwizzleTransform(SWIZZLE))
-    )
+    row_bytes = shape[-1] * np.dtype(dtype).itemsize
+    swizzle = min(SWIZZLE, row_bytes)
+    tiling = gpu.TilingTransform((SWIZZLED_ROWS, swizzle // np.dtype(dtype).itemsize))
+    return gpu.SMEM(shape, dtype, transforms=(tiling, gpu.SwizzleTransform(swizzle)))
+
+
+def shared_numbers(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for numbers that only threads read."""
+    return gpu.SMEM(shape, dtype)
 
 
 def barriers(count: int, arrivals: int = 1) -> Any:
@@ -144,7 +149,8 @@ def product(a: Any, b: Any, turned: bool, interpret: bool, total: jax.Array | No
     if total is None:
         result: jax.Array = pl.run_scoped(multiply, gpu.WGMMAAccumulatorRef((a.shape[0], columns), dtype))
         return result
-    added: jax.Array = pl.run_state(lambda accumulator: gpu.wgmma(accumulator, a, right))(gpu.WGMMAAccumulatorRef.init(total))
+    add = pl.run_state(lambda accumulator: gpu.wgmma(accumulator, a, right))
+    added: jax.Array = add(gpu.WGMMAAccumulatorRef.init(total))
     return added
 
 
@@ -168,20 +174,59 @@ def along_rows(numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(numbers, shape, (0,))
 
 
+def along_code_rows(numbers: jax.Array, shape: tuple[int, ...], interpret: bool) -> jax.Array:
+    """A number for each row of `codes`, as a matrix that matches what is made of them."""
+    spread = along_rows(numbers, shape)
+    return spread if interpret else gpu.layout_cast(spread, gpu.Layout.WGMMA_UPCAST_2X)
+
+
 def rewrite(ref: Any, change: Callable[[jax.Array], jax.Array], interpret: bool) -> None:
     """Replaces a matrix in shared memory by `change` of it, before products that read it."""
     if interpret:
         ref[...] = change(ref[...])
         return
-    load: Any = functools.partial(gpu.load, layout=gpu.Layout.WGMMA)
-    # jax 0.10 wants an index, and jax 0.11 none.
-    ref[...] = change(load(ref) if hasattr(gpu, "InterpretGPUParams") else load(ref, ()))
+    ref[...] = change(_load(ref, gpu.Layout.WGMMA))
     gpu.commit_smem()
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    load: Any = functools.partial(gpu.load, layout=layout)
+    # jax 0.10 wants an index, and jax 0.11 none.
+    values: jax.Array = load(ref) if hasattr(gpu, "InterpretGPUParams") else load(ref, ())
+    return values
+
+
+def row_numbers(ref: Any, interpret: bool, of_codes: bool = False) -> jax.Array:
+    """Numbers in shared memory, one for each row of a product, or of `codes`."""
+    layout = gpu.Layout.WGMMA_UPCAST_2X if of_codes else gpu.Layout.WGMMA
+    return ref[...] if interpret else _load(ref, layout.reduce(1))
+
+
+def codes(ref: Any, interpret: bool) -> jax.Array:
+    """int8 of shared memory that will be an operand of 16 bits."""
+    return ref[...] if interpret else _load(ref, gpu.Layout.WGMMA_UPCAST_2X)
+
+
+def operand(values: jax.Array, interpret: bool) -> jax.Array:
+    """What was made of `codes`, 16 bits wide, as the left operand of `product`."""
+    return values if interpret else gpu.layout_cast(values, gpu.Layout.WGMMA)
 
 
 def write_out(values: jax.Array, through: Any, to: Any) -> None:
     """Copies a matrix from registers to the device's memory by way of shared memory, and waits."""
     through[...] = values.astype(through.dtype)
+    gpu.commit_smem()
+    gpu.copy_smem_to_gmem(through, to)
+    gpu.wait_smem_to_gmem(0)
+
+
+def write_out_turned(values: jax.Array, through: Any, to: Any, interpret: bool) -> None:
+    """As `write_out`, with the axes exchanged."""
+    rounded = values.astype(through.dtype)
+    if interpret:
+        through[...] = rounded.T
+    else:
+        transposed(through)[...] = gpu.layout_cast(rounded, gpu.Layout.WGMMA_TRANSPOSED)
     gpu.commit_smem()
     gpu.copy_smem_to_gmem(through, to)
     gpu.wait_smem_to_gmem(0)

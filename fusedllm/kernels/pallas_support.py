@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from fusedllm.kernels.grouped import GroupedScheme
+from fusedllm.kernels.grouped import GroupedScheme, grouped_scheme
+from fusedllm.qarray import QuantArray
 
 # A matrix unit multiplies this many columns of int8 at least (16 of bfloat16), and a group is never cut smaller.
 LEAST_GROUP = 32
@@ -34,6 +38,13 @@ MOSAIC_LEAST_QUERIES = 64
 # Its blocks of keys; pages fill one, or are cut into some.
 MOSAIC_KEYS = 128
 MOSAIC_LEAST_PAGE = 8
+
+# Columns that Mosaic's products take in a turn, and the least of a group; rows of a program, and tokens, with fewer of
+# which reading the weights is what takes the time.
+MOSAIC_DEPTH = 128
+MOSAIC_LEAST_GROUP = 64
+MOSAIC_ROWS = 128
+MOSAIC_LEAST_TOKENS = 128
 
 # What Triton's attention kernels keep in registers: elements of a head, and query heads of a KV head.
 MOST_HEAD_DIM = 256
@@ -174,3 +185,23 @@ def why_not_attention_mosaic(q: jax.Array, pages: tuple[jax.Array, ...]) -> str 
     from fusedllm.kernels.mosaic_support import why_not_compiled
 
     return why_not_compiled()
+
+
+def why_not_linear_mosaic(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> str | None:
+    """Why Mosaic's product can't take activations and a weight like these, or `None` if it can."""
+    scheme = grouped_scheme(weight)
+    if scheme is None or scheme.codes != "integer" or scheme.bits not in (4, 8) or scheme.sums_integers:
+        kind = weight.scheme.name if isinstance(weight, QuantArray) else weight.dtype
+        return f"it multiplies with grouped integers of four or eight bits, got {kind}"
+    if x.dtype.name not in MOSAIC_DTYPES or jnp.dtype(out_dtype).name not in MOSAIC_DTYPES:
+        return f"it takes and gives numbers in {', '.join(MOSAIC_DTYPES)}, got {x.dtype} and {jnp.dtype(out_dtype)}"
+    if scheme.group_size not in (0, MOSAIC_LEAST_GROUP) and scheme.group_size % MOSAIC_DEPTH:
+        needed = f"{MOSAIC_LEAST_GROUP} or a multiple of {MOSAIC_DEPTH}"
+        return f"groups of {scheme.group_size} weights, where {needed} is needed"
+    rows, columns = weight.shape
+    depth = min(scheme.group_size or MOSAIC_DEPTH, MOSAIC_DEPTH)
+    if rows % MOSAIC_ROWS or columns % depth:
+        return f"a weight of {rows} x {columns}, where multiples of {MOSAIC_ROWS} and of {depth} are needed"
+    if (tokens := x.size // columns) < MOSAIC_LEAST_TOKENS:
+        return f"it is for {MOSAIC_LEAST_TOKENS} tokens or more, got {tokens}"
+    return None
