@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, from_e4m3
-from fusedllm.kernels.pallas_support import interprets, why_not_attention
+from fusedllm.kernels.pallas_support import interprets, why_not_attention, why_not_attention_mosaic
 
 # Queries and keys are visited in blocks of so many positions, so that scores take no more than their product per head,
 # and keys in the future of a whole block of queries are not read. On a CPU 128 queries were 4 % faster than 256 in a
@@ -46,7 +46,7 @@ def paged_attention(
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
     """
-    implementations = {"xla": _attention_xla, "triton": _attention_triton}
+    implementations = {"xla": _attention_xla, "triton": _attention_triton, "mosaic": _attention_mosaic}
     return choose("paged_attention", implementations, implementation)(
         q, k_pages, v_pages, page_table, start, scales, window, implementation is not None
     )
@@ -73,6 +73,25 @@ def _attention_triton(
 
     layout = Layout.of(q, pages, page_table, window)
     return attention_triton(q, pages, page_table, start, layout=layout, interpret=interprets())
+
+
+def _attention_mosaic(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    start: jax.Array,
+    scales: tuple[jax.Array, ...] | None,
+    window: int | None,
+    strict: bool,
+) -> jax.Array:
+    if problem := why_not_attention_mosaic(q, (k_pages, v_pages, *(scales or ()))):
+        if strict:
+            raise ImplementationError(f"paged_attention: the implementation 'mosaic' can't run: {problem}.")
+        return _attention_triton(q, k_pages, v_pages, page_table, start, scales, window, strict)
+    from fusedllm.kernels.attention_mosaic import attention_mosaic  # Imports Pallas: see `pallas_support`.
+
+    return attention_mosaic(q, k_pages, v_pages, page_table, start, window, interprets())
 
 
 def _attention_xla(

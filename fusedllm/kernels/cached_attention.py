@@ -11,7 +11,7 @@ from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, to_e4m3
-from fusedllm.kernels.pallas_support import interprets, why_not_attention
+from fusedllm.kernels.pallas_support import interprets, why_not_attention, why_not_attention_mosaic
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.write_pages import write_pages
 
@@ -51,7 +51,8 @@ def cached_attention(
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
     and refuses positions below zero and pages that the cache does not have when it runs. `"triton"` does all of this in
     one or two kernels for a single new position, in place too and with nothing written to the null page; for more it
-    attends, and the rest is XLA's.
+    attends, and the rest is XLA's. `"mosaic"` attends alone, and leaves what it can't take to `"triton"` where nothing
+    was asked for.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
@@ -61,7 +62,12 @@ def cached_attention(
         if isinstance(window, bool) or not isinstance(window, int | np.integer) or not 1 <= window < 2**31:
             raise ValueError(f"cached_attention: window must be a positive integer or None, got {window!r}.")
         window = int(window)
-    implementations = {"xla": _cached_attention_xla, "ffi": _cached_attention_ffi, "triton": _cached_attention_triton}
+    implementations = {
+        "xla": _cached_attention_xla,
+        "ffi": _cached_attention_ffi,
+        "triton": _cached_attention_triton,
+        "mosaic": _cached_attention_mosaic,
+    }
     return choose("cached_attention", implementations, implementation)(
         q, k, v, cos, sin, pages, page_table, start, window, implementation is not None
     )
@@ -138,6 +144,26 @@ def _cached_attention_triton(
 
     layout = Layout.of(q, pages, page_table, window)
     return decode_attention_triton(*operands, layout=layout, interpret=interprets())
+
+
+def _cached_attention_mosaic(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    start: jax.Array,
+    window: int | None,
+    strict: bool,
+) -> tuple[jax.Array, Pages]:
+    operands = (q, k, v, cos, sin, pages, page_table, start)
+    if (problem := why_not_attention_mosaic(q, pages)) is None:
+        return _cached_attention_xla(*operands, window, strict, attention="mosaic")
+    if strict:
+        raise ImplementationError(f"cached_attention: the implementation 'mosaic' can't run: {problem}.")
+    return _cached_attention_triton(*operands, window, strict)
 
 
 def _cached_attention_ffi(

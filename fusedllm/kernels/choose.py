@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -21,7 +21,8 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "tpu": ("xla",),
 }
 
-# What `"pallas"` stands for: its two ways to a GPU, the first that an operation has and that runs here.
+# What `"pallas"` stands for: its two ways to a GPU, the first that an operation has and that runs here; Mosaic's is the
+# last where it is not automatic.
 PALLAS = ("mosaic", "triton")
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
@@ -50,7 +51,8 @@ def traced_for(name: str | None, capability: float | None = None) -> Iterator[No
 def choose(operation: str, implementations: Mapping[str, Function], implementation: str | None) -> Function:
     """The function to run for `implementation`, or the best one for `platform()` where it is `None`.
 
-    `"pallas"` asks for the best of `PALLAS`.
+    `"pallas"` asks for the best of `PALLAS`. A Mosaic kernel is chosen automatically for what is in
+    `pallas_support.AUTOMATIC_MOSAIC`.
 
     Raises:
       ImplementationError: the operation has no implementation of that name, or it can't run here.
@@ -58,8 +60,14 @@ def choose(operation: str, implementations: Mapping[str, Function], implementati
     backend = platform()
     if implementation is None:
         preferred = PREFERENCE.get(backend, ("xla",))
-        return next(implementations[name] for name in preferred if name in implementations and _runs(name, backend))
-    wanted = PALLAS if implementation == "pallas" else (implementation,)
+        return next(
+            implementations[name]
+            for name in preferred
+            if name in implementations and pallas_support.is_automatic(operation, name) and _runs(name, backend)
+        )
+    wanted: Sequence[str] = (implementation,)
+    if implementation == "pallas":
+        wanted = sorted(PALLAS, key=lambda name: not pallas_support.is_automatic(operation, name))
     there = [name for name in wanted if name in implementations]
     if not there:
         raise ImplementationError(

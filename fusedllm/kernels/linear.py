@@ -16,7 +16,13 @@ from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
-from fusedllm.kernels.pallas_support import interprets, why_not_codes, why_not_few_tokens, why_not_some_tokens
+from fusedllm.kernels.pallas_support import (
+    interprets,
+    why_not_codes,
+    why_not_few_tokens,
+    why_not_linear_mosaic,
+    why_not_some_tokens,
+)
 from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 
@@ -42,7 +48,7 @@ def linear(
     bfloat16 where the processor multiplies those and `precise` is not asked for. A scheme whose `activation_bits` are
     eight rounds them to eight bits, one scale a token, everywhere. All other products take the activations as they are.
     A weight of a kind that an implementation does not read is left to XLA where nothing was asked for; `"pallas"` reads
-    grouped codes.
+    grouped codes, and `"mosaic"` those of four and eight bits for many tokens.
 
     A weight whose scheme has activations of eight bits (`w8a8`) is multiplied in integers, whatever `precise` says, and
     with the same bits by every implementation. For each token, in float32:
@@ -63,7 +69,7 @@ def linear(
         of eight bits, and it is not int8 with one scale a row or has more than 65,536 columns.
     """
     _check_shapes(x, weights)
-    implementations = {"xla": _linear_xla, "ffi": _linear_ffi, "triton": _linear_triton}
+    implementations = {"xla": _linear_xla, "ffi": _linear_ffi, "triton": _linear_triton, "mosaic": _linear_mosaic}
     return choose("linear", implementations, implementation)(
         x, weights, out_dtype or x.dtype, precise, implementation is not None
     )
@@ -201,6 +207,26 @@ def _product_triton(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Arra
 
     rows = hadamard(x) if turns(weight) else x
     product = product_triton(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
+    return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_mosaic(
+    x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
+) -> tuple[jax.Array, ...]:
+    problems = [why_not_linear_mosaic(x, weight, out_dtype) for weight in weights]
+    if strict and (problem := next(filter(None, problems), None)):
+        raise ImplementationError(f"linear: the implementation 'mosaic' can't run: {problem}.")
+    return tuple(
+        _linear_triton(x, (weight,), out_dtype, precise, False)[0] if problem else _product_mosaic(x, weight, out_dtype)
+        for weight, problem in zip(weights, problems, strict=True)
+    )
+
+
+def _product_mosaic(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Array:
+    from fusedllm.kernels.linear_mosaic import product_mosaic  # Imports Pallas: see `pallas_support`.
+
+    rows = hadamard(x) if turns(weight) else x
+    product = product_mosaic(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
