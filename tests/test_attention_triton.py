@@ -21,6 +21,7 @@ from fusedllm.kernels.decode_attention_triton import BLOCKS, WIDE_BLOCKS, decode
 from fusedllm.kernels.decode_attention_triton import Plan as DecodePlan
 from fusedllm.kernels.pallas_support import interpreting, multiplied_in
 from fusedllm.kernels.rotate import rotate
+from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 
 # jax says so from 0.11 on, whatever the kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -32,8 +33,8 @@ QUERIES = ("bfloat16", "float32", "float16")
 # Half of the last bit's step.
 HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 # The relative distance of neighbours, of which a rotation's last bit can make one the other where a compiler fuses a
-# product with a sum; of int8 that of its largest.
-STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22, "int8": 2.0**-6, FP8: 2.0**-3}
+# product with a sum.
+STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22, "int8": 0, FP8: 2.0**-3}
 
 attention = jax.jit(cached_attention, static_argnames=("window", "implementation"))
 
@@ -174,13 +175,19 @@ def check(call):
 
 
 def check_pages(case, pages, wanted):
-    """Everywhere but in the null page, where XLA writes too."""
+    """Everywhere but in the null page, where XLA writes too: values to the bit, rotated keys but for their last bit.
+
+    Of int8 a GPU may divide by the scale in another last bit, which moves what lies between two codes.
+    """
     for of, (found, other) in enumerate(zip(pages, wanted, strict=True)):
-        if of == 0 and jax.default_backend() != "cpu":
-            found, other = (np.asarray(x.view(FP8) if case.cache == FP8 else x, np.float32) for x in (found, other))
-            np.testing.assert_allclose(found[1:], other[1:], rtol=STEP[case.cache], atol=STEP[case.cache] * 2.0**-6)
-        else:
+        if of % 2 == 1 and (found.dtype != np.int8 or jax.default_backend() == "cpu"):
             np.testing.assert_array_equal(raw(found)[1:], raw(other)[1:])
+            continue
+        step = STEP[case.cache if of < 2 else "float32"]
+        numbers, others = (np.asarray(x.view(FP8) if x.dtype == np.uint8 else x, np.float32) for x in (found, other))
+        # float8's step where numbers are subnormal, and what float32's last bit is of a difference of ones.
+        atol = {"int8": 1, "uint8": 2.0**-9}.get(found.dtype.name, 1e-6)
+        np.testing.assert_allclose(numbers[1:], others[1:], rtol=step, atol=atol)
 
 
 def raw(array):
@@ -234,9 +241,7 @@ def test_rows_that_do_not_run_leave_no_trace(case):
         mixed, pages = call.run()
     assert np.isfinite(mixed.astype(np.float32)).all()
     for old, new in zip(call.pages, pages, strict=True):
-        np.testing.assert_array_equal(np.asarray(old)[1:], new[1:])
-        if case.seq == 1:
-            np.testing.assert_array_equal(np.asarray(old)[0], new[0])
+        np.testing.assert_array_equal(np.asarray(old), new)
 
 
 @pytest.mark.parametrize("case", [DECODE[4], replace(PREFILL[3], page_size=16, table=15)], ids=["decode", "prefill"])
@@ -409,7 +414,8 @@ def test_the_automatic_choice_on_a_gpu_is_a_kernel(case):
         with traced_for("gpu", capability):
             return str(jax.make_jaxpr(lambda *x: cached_attention(*x))(*operands))
 
-    assert program(8.0).count("pallas_call") == 1
+    # A chunk's keys and values are written by a kernel of their own.
+    assert program(8.0).count("pallas_call") == (1 if case.seq == 1 else 2)
     assert "pallas_call" not in program(7.5)
     assert "pallas_call" not in str(jax.make_jaxpr(lambda *x: cached_attention(*x))(*operands))
 
@@ -434,6 +440,8 @@ def test_kernels_are_lowered_for_gpus(case, platform):
     else:
         q, *_, pages, table, start = call.operands()
         operands, function, kernels = (q, pages, table, start), attention_triton, 1
+        writing = lowered(rotate_and_write_triton, *call.operands(), layout=layout, interpret=False, platform=platform)
+        assert writing.count("__gpu$xla.gpu.triton") == 1
     program = lowered(function, *operands, layout=layout, interpret=False, platform=platform)
     assert program.count("__gpu$xla.gpu.triton") == kernels
 
