@@ -22,6 +22,7 @@ from fusedllm.kernels.decode_attention_triton import Plan as DecodePlan
 from fusedllm.kernels.pallas_support import interpreting, multiplied_in
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
+from fusedllm.kernels.rotation_tiles import MOST_TOKENS_APART
 
 # jax says so from 0.11 on, whatever the kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -60,13 +61,14 @@ class Case:
 
 
 # Starts at 0, inside of a page and at the table's end; groups of 1, 3, 4 and 8; heads and pages that are no power of
-# two, and pages larger than a block of keys; one program for the keys of a head, and several.
+# two, and pages larger than a block of keys; one program for the keys of a head, and several; few tokens, and many.
 DECODE = (
     Case((0, 37, 95), heads=8, kv_heads=8),
     Case((70, 5, 33), heads=6, kv_heads=2, head_dim=64, window=20),
     Case((2111, 300, 0, 1024), heads=4, kv_heads=1, page_size=64, table=33),
     Case((1400, 9), heads=8, kv_heads=1, head_dim=80, page_size=48, table=30),
     Case((2000, 1100), heads=2, kv_heads=1, page_size=16, table=140, window=1500),
+    Case(tuple(range(0, 85, 5)), heads=3, kv_heads=1),
     Case((130, 128), heads=4, kv_heads=1, head_dim=128, page_size=128, table=2),
 )
 PREFILL = (
@@ -218,6 +220,8 @@ def test_every_cache_is_read_with_every_dtype_of_queries():
     assert {queries for _, queries in chosen} == set(QUERIES)
     plans = [DecodePlan.of(case.batch, case.kv_heads, layout_of(Call(case))) for case in with_dtypes(DECODE)]
     assert {plan.splits == 1 for plan in plans} == {False, True}
+    assert {case.batch * case.seq > MOST_TOKENS_APART for case in DECODE} == {False, True}
+    assert {case.batch * case.seq > MOST_TOKENS_APART for case in PREFILL} == {False, True}
 
 
 def layout_of(call):

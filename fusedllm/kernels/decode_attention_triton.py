@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 from fusedllm.kernels.attention import MASKED
 from fusedllm.kernels.attention_tiles import Keys, Layout, State, from_held, nothing_seen, weighted
 from fusedllm.kernels.pallas_support import power_of_two
-from fusedllm.kernels.rotation_tiles import Held, Rotation, load, write
+from fusedllm.kernels.rotation_tiles import Held, Rotation, load, places, together, write
 from fusedllm.kernels.triton_tiles import iota, launch
 
 
@@ -130,7 +130,7 @@ def decode_attention_triton(
     batch, _, heads, head_dim = q.shape
     kv_heads = pages[0].shape[1]
     plan = Plan.of(batch, kv_heads, layout)
-    token = [x.reshape(batch, *x.shape[2:]) for x in (q, k, v, cos, sin)]
+    token = [x.reshape(batch, *x.shape[2:]) for x in (*together(q, k, v), cos, sin)]
     positions = [page_table.astype(jnp.int32), start.astype(jnp.int32)]
     mixed = jax.ShapeDtypeStruct((batch, heads, head_dim), q.dtype)
     parts = [
@@ -160,7 +160,7 @@ def decode_attention_triton(
 
 def decode_attention_split(*refs: Any, layout: Layout, plan: Plan) -> None:
     """A part of the keys of one KV head; the first one's program has the newest position beside its part."""
-    q, k, v, cos, sin, page_table, start, *rest = refs
+    (q, k, v), (q_head, k_head, v_head), (cos, sin, page_table, start, *rest) = places(refs, layout)
     arrays = 4 if layout.scaled else 2
     pages, results, updated = rest[:arrays], rest[arrays:-arrays], rest[-arrays:]
     head, row, split = (pl.program_id(axis) for axis in range(3))
@@ -178,8 +178,8 @@ def decode_attention_split(*refs: Any, layout: Layout, plan: Plan) -> None:
     @pl.when(split < used)
     def _() -> None:
         turn = Rotation.of(cos, sin, (row,), inside, layout)
-        queries = turn(q, (row, query_head[:, None]), mask).astype(q.dtype)
-        key, value = turn(k, (row, head), inside), load(v, (row, head, column), inside)
+        queries = turn(q, (row, q_head + query_head[:, None]), mask).astype(q.dtype)
+        key, value = turn(k, (row, k_head + head), inside), load(v, (row, v_head + head, column), inside)
         newest = Held.of(key, pages[0].dtype), Held.of(value, pages[0].dtype)
         write(newest, updated, page_table, row, head, begin, split == 0, layout)
         state = _where(split == 0, _newest_seen(queries, newest, layout), nothing_seen(plan.rows, layout.width))

@@ -18,6 +18,33 @@ from fusedllm.kernels.write_pages import NULL_PAGE
 # The largest code of int8.
 MOST = 127
 
+# Of more tokens than this XLA makes the products with the weights of q, k and v one, and copies its parts for kernels.
+MOST_TOKENS_APART = 16
+
+
+def together(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+    """The heads of `[batch, seq, heads, head_dim]` as a kernel takes them: apart, or of many tokens side by side.
+
+    Side by side they are one copy instead of three, and none where nothing but XLA's cut lies between the product and
+    here. `places` says where they are.
+    """
+    if q.shape[0] * q.shape[1] <= MOST_TOKENS_APART:
+        return q, k, v
+    flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q, k, v)], axis=-1)
+    return (flat.reshape(*q.shape[:2], -1, q.shape[3]),)
+
+
+def places(refs: tuple[Any, ...], layout: Layout) -> tuple[tuple[Any, Any, Any], tuple[int, int, int], tuple[Any, ...]]:
+    """References to the arrays that have q, k and v, the number of the first head of each, and the other references.
+
+    `refs` begin with what `together` returned; cosines, which have an axis less, follow.
+    """
+    if len(refs[1].shape) == len(refs[0].shape):
+        return refs[:3], (0, 0, 0), refs[3:]
+    kv_heads = refs[0].shape[-2] // (layout.group + 2)
+    heads = kv_heads * layout.group
+    return (refs[0],) * 3, (0, heads, heads + kv_heads), refs[1:]
+
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
