@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
@@ -23,6 +24,10 @@ from fusedllm.kernels.pallas_support import interpreting, multiplied_in
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 from fusedllm.kernels.rotation_tiles import MOST_TOKENS_APART
+from fusedllm.model.cache import empty_cache
+from fusedllm.model.transformer import forward, vocabulary_logits
+from fusedllm.partition.plain import Plain
+from fusedllm.weights.random import random_params
 
 # jax says so from 0.11 on, whatever the kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -422,6 +427,27 @@ def test_the_automatic_choice_on_a_gpu_is_a_kernel(case):
     assert program(8.0).count("pallas_call") == (1 if case.seq == 1 else 2)
     assert "pallas_call" not in program(7.5)
     assert "pallas_call" not in str(jax.make_jaxpr(lambda *x: cached_attention(*x))(*operands))
+
+
+def test_a_model_says_the_same_by_kernels():
+    """Prefill and decode through the layers, with what a GPU would choose."""
+    params = random_params(TINY, "float32", seed=2)
+    tokens, table = jnp.asarray([[5, 9, 17, 3, 88, 41, 7]]), jnp.asarray([[3, 1]])
+
+    def logits(placement):
+        cache, rows = empty_cache(TINY, 4, 16, "float32"), []
+        for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
+            start = jnp.asarray([sum(row.shape[1] for row in rows)])
+            hidden, cache = forward(TINY, placement, params, cache, part, start, table, dtype="float32")
+            rows.append(vocabulary_logits(placement, params, hidden))
+        return np.concatenate(rows, axis=1)
+
+    wanted = logits(Plain())
+    with interpreting():
+        found = logits(Plain(platform="gpu"))
+    assert not np.array_equal(found, wanted), "the kernels did not run"
+    # Two layers of float32's sums.
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def lowered(function, *arguments, platform="cuda", **named):
