@@ -476,12 +476,13 @@ def test_kernels_are_lowered_for_gpus(case, platform):
     assert program.count("__gpu$xla.gpu.triton") == kernels
 
 
+EVERY_CACHE = [replace(case, cache=cache) for case in (DECODE[2], PREFILL[3]) for cache in CACHES]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("case", DECODE + PREFILL, ids=name)
-def test_a_gpu_gives_the_same(case, cache):
-    for queries in QUERIES:
-        check(Call(replace(case, cache=cache, queries=queries)))
+@pytest.mark.parametrize("case", with_dtypes(DECODE) + with_dtypes(PREFILL) + EVERY_CACHE, ids=name)
+def test_a_gpu_gives_the_same(case):
+    check(Call(case))
 
 
 @pytest.mark.gpu
