@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
@@ -21,6 +22,12 @@ from fusedllm.kernels.decode_attention_triton import BLOCKS, WIDE_BLOCKS, decode
 from fusedllm.kernels.decode_attention_triton import Plan as DecodePlan
 from fusedllm.kernels.pallas_support import interpreting, multiplied_in
 from fusedllm.kernels.rotate import rotate
+from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
+from fusedllm.kernels.rotation_tiles import MOST_TOKENS_APART
+from fusedllm.model.cache import empty_cache
+from fusedllm.model.transformer import forward, vocabulary_logits
+from fusedllm.partition.plain import Plain
+from fusedllm.weights.random import random_params
 
 # jax says so from 0.11 on, whatever the kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -30,10 +37,10 @@ CACHES = ("bfloat16", "int8", FP8, "float16", "float32")
 QUERIES = ("bfloat16", "float32", "float16")
 
 # Half of the last bit's step.
-HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # The relative distance of neighbours, of which a rotation's last bit can make one the other where a compiler fuses a
-# product with a sum; of int8 that of its largest.
-STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22, "int8": 2.0**-6, FP8: 2.0**-3}
+# product with a sum.
+STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22, "int8": 0, FP8: 2.0**-3}
 
 attention = jax.jit(cached_attention, static_argnames=("window", "implementation"))
 
@@ -59,13 +66,14 @@ class Case:
 
 
 # Starts at 0, inside of a page and at the table's end; groups of 1, 3, 4 and 8; heads and pages that are no power of
-# two, and pages larger than a block of keys; one program for the keys of a head, and several.
+# two, and pages larger than a block of keys; one program for the keys of a head, and several; few tokens, and many.
 DECODE = (
     Case((0, 37, 95), heads=8, kv_heads=8),
     Case((70, 5, 33), heads=6, kv_heads=2, head_dim=64, window=20),
     Case((2111, 300, 0, 1024), heads=4, kv_heads=1, page_size=64, table=33),
     Case((1400, 9), heads=8, kv_heads=1, head_dim=80, page_size=48, table=30),
     Case((2000, 1100), heads=2, kv_heads=1, page_size=16, table=140, window=1500),
+    Case(tuple(range(0, 85, 5)), heads=3, kv_heads=1),
     Case((130, 128), heads=4, kv_heads=1, head_dim=128, page_size=128, table=2),
 )
 PREFILL = (
@@ -174,13 +182,19 @@ def check(call):
 
 
 def check_pages(case, pages, wanted):
-    """Everywhere but in the null page, where XLA writes too."""
+    """Everywhere but in the null page, where XLA writes too: values to the bit, rotated keys but for their last bit.
+
+    Of int8 a GPU may divide by the scale in another last bit, which moves what lies between two codes.
+    """
     for of, (found, other) in enumerate(zip(pages, wanted, strict=True)):
-        if of == 0 and jax.default_backend() != "cpu":
-            found, other = (np.asarray(x.view(FP8) if case.cache == FP8 else x, np.float32) for x in (found, other))
-            np.testing.assert_allclose(found[1:], other[1:], rtol=STEP[case.cache], atol=STEP[case.cache] * 2.0**-6)
-        else:
+        if of % 2 == 1 and (found.dtype != np.int8 or jax.default_backend() == "cpu"):
             np.testing.assert_array_equal(raw(found)[1:], raw(other)[1:])
+            continue
+        step = STEP[case.cache if of < 2 else "float32"]
+        numbers, others = (np.asarray(x.view(FP8) if x.dtype == np.uint8 else x, np.float32) for x in (found, other))
+        # float8's step where numbers are subnormal, and what float32's last bit is of a difference of ones.
+        atol = {"int8": 1, "uint8": 2.0**-9}.get(found.dtype.name, 1e-6)
+        np.testing.assert_allclose(numbers[1:], others[1:], rtol=step, atol=atol)
 
 
 def raw(array):
@@ -211,6 +225,8 @@ def test_every_cache_is_read_with_every_dtype_of_queries():
     assert {queries for _, queries in chosen} == set(QUERIES)
     plans = [DecodePlan.of(case.batch, case.kv_heads, layout_of(Call(case))) for case in with_dtypes(DECODE)]
     assert {plan.splits == 1 for plan in plans} == {False, True}
+    assert {case.batch * case.seq > MOST_TOKENS_APART for case in DECODE} == {False, True}
+    assert {case.batch * case.seq > MOST_TOKENS_APART for case in PREFILL} == {False, True}
 
 
 def layout_of(call):
@@ -234,9 +250,7 @@ def test_rows_that_do_not_run_leave_no_trace(case):
         mixed, pages = call.run()
     assert np.isfinite(mixed.astype(np.float32)).all()
     for old, new in zip(call.pages, pages, strict=True):
-        np.testing.assert_array_equal(np.asarray(old)[1:], new[1:])
-        if case.seq == 1:
-            np.testing.assert_array_equal(np.asarray(old)[0], new[0])
+        np.testing.assert_array_equal(np.asarray(old), new)
 
 
 @pytest.mark.parametrize("case", [DECODE[4], replace(PREFILL[3], page_size=16, table=15)], ids=["decode", "prefill"])
@@ -409,9 +423,31 @@ def test_the_automatic_choice_on_a_gpu_is_a_kernel(case):
         with traced_for("gpu", capability):
             return str(jax.make_jaxpr(lambda *x: cached_attention(*x))(*operands))
 
-    assert program(8.0).count("pallas_call") == 1
+    # A chunk's keys and values are written by a kernel of their own.
+    assert program(8.0).count("pallas_call") == (1 if case.seq == 1 else 2)
     assert "pallas_call" not in program(7.5)
     assert "pallas_call" not in str(jax.make_jaxpr(lambda *x: cached_attention(*x))(*operands))
+
+
+def test_a_model_says_the_same_by_kernels():
+    """Prefill and decode through the layers, with what a GPU would choose."""
+    params = random_params(TINY, "float32", seed=2)
+    tokens, table = jnp.asarray([[5, 9, 17, 3, 88, 41, 7]]), jnp.asarray([[3, 1]])
+
+    def logits(placement):
+        cache, rows = empty_cache(TINY, 4, 16, "float32"), []
+        for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
+            start = jnp.asarray([sum(row.shape[1] for row in rows)])
+            hidden, cache = forward(TINY, placement, params, cache, part, start, table, dtype="float32")
+            rows.append(vocabulary_logits(placement, params, hidden))
+        return np.concatenate(rows, axis=1)
+
+    wanted = logits(Plain())
+    with interpreting():
+        found = logits(Plain(platform="gpu"))
+    assert not np.array_equal(found, wanted), "the kernels did not run"
+    # Two layers of float32's sums.
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def lowered(function, *arguments, platform="cuda", **named):
@@ -434,16 +470,19 @@ def test_kernels_are_lowered_for_gpus(case, platform):
     else:
         q, *_, pages, table, start = call.operands()
         operands, function, kernels = (q, pages, table, start), attention_triton, 1
+        writing = lowered(rotate_and_write_triton, *call.operands(), layout=layout, interpret=False, platform=platform)
+        assert writing.count("__gpu$xla.gpu.triton") == 1
     program = lowered(function, *operands, layout=layout, interpret=False, platform=platform)
     assert program.count("__gpu$xla.gpu.triton") == kernels
 
 
+EVERY_CACHE = [replace(case, cache=cache) for case in (DECODE[2], PREFILL[3]) for cache in CACHES]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("case", DECODE + PREFILL, ids=name)
-def test_a_gpu_gives_the_same(case, cache):
-    for queries in QUERIES:
-        check(Call(replace(case, cache=cache, queries=queries)))
+@pytest.mark.parametrize("case", with_dtypes(DECODE) + with_dtypes(PREFILL) + EVERY_CACHE, ids=name)
+def test_a_gpu_gives_the_same(case):
+    check(Call(case))
 
 
 @pytest.mark.gpu

@@ -91,7 +91,7 @@ def attention_triton(
     """What `paged_attention` says, for what `why_not_attention` has nothing against; of `layout`."""
     batch, seq = q.shape[:2]
     plan = Plan.of(batch, seq, pages[0].shape[1], layout)
-    kernel = functools.partial(_tile, layout=layout, plan=plan)
+    kernel = functools.partial(attention_tile, layout=layout, plan=plan)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     operands = (q, page_table.astype(jnp.int32), start.astype(jnp.int32), *pages)
     warps, stages = plan.tiles.warps, plan.tiles.stages
@@ -99,7 +99,8 @@ def attention_triton(
     return mixed
 
 
-def _tile(*refs: Any, layout: Layout, plan: Plan) -> None:
+def attention_tile(*refs: Any, layout: Layout, plan: Plan) -> None:
+    """Some queries of the heads that share one KV head."""
     q, page_table, start, *pages, out = refs
     head, row = pl.program_id(0), pl.program_id(1)
     # Those that see most begin first, and others fill what is left of the device when they end.

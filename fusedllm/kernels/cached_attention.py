@@ -49,10 +49,9 @@ def cached_attention(
     `start`.
 
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
-    and refuses positions below zero and pages that the cache does not have when it runs. `"triton"` does all of this in
-    one or two kernels for a single new position, in place too and with nothing written to the null page; for more it
-    attends, and the rest is XLA's. `"mosaic"` attends alone, and leaves what it can't take to `"triton"` where nothing
-    was asked for.
+    and refuses positions below zero and pages that the cache does not have when it runs. So does `"triton"`, but
+    that it refuses nothing; it is one kernel or two. `"mosaic"` attends alone, and leaves what it can't take to
+    `"triton"` where nothing was asked for.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
@@ -84,7 +83,6 @@ def _cached_attention_xla(
     start: jax.Array,
     window: int | None,
     strict: bool,
-    attention: str = "xla",
 ) -> tuple[jax.Array, Pages]:
     del strict
     # Wide, so that a key is rounded once.
@@ -104,7 +102,7 @@ def _cached_attention_xla(
         start,
         scales=tuple(scales) or None,
         window=window,
-        implementation=attention,
+        implementation="xla",
     )
     return mixed, pages
 
@@ -136,14 +134,17 @@ def _cached_attention_triton(
         if strict:
             raise ImplementationError(f"cached_attention: the implementation 'triton' can't run: {problem}.")
         return _cached_attention_xla(*operands, window, strict)
-    if q.shape[1] > 1:
-        return _cached_attention_xla(*operands, window, strict, attention="triton")
     # They import Pallas: see `pallas_support`.
     from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.attention_triton import attention_triton
     from fusedllm.kernels.decode_attention_triton import decode_attention_triton
+    from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 
-    layout = Layout.of(q, pages, page_table, window)
-    return decode_attention_triton(*operands, layout=layout, interpret=interprets())
+    call = {"layout": Layout.of(q, pages, page_table, window), "interpret": interprets()}
+    if q.shape[1] == 1:
+        return decode_attention_triton(*operands, **call)
+    q, pages = rotate_and_write_triton(*operands, **call)
+    return attention_triton(q, pages, page_table, start, **call), pages
 
 
 def _cached_attention_mosaic(

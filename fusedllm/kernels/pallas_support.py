@@ -164,7 +164,7 @@ def why_not_codes(scheme: GroupedScheme) -> str | None:
 
 
 def power_of_two(least: int) -> int:
-    """The least power of two from `least` on, of which a matrix unit has rows and columns."""
+    """The least power of two from `least` on of which a matrix unit takes rows and columns, 16 or more."""
     return max(LEAST_ROWS, 1 << (least - 1).bit_length())
 
 
