@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +130,7 @@ def _cached_attention_triton(
     start: jax.Array,
     window: int | None,
     strict: bool,
+    attention: str = "triton",
 ) -> tuple[jax.Array, Pages]:
     operands = (q, k, v, cos, sin, pages, page_table, start)
     if problem := why_not_attention(q, pages):
@@ -136,15 +139,25 @@ def _cached_attention_triton(
         return _cached_attention_xla(*operands, window, strict)
     # They import Pallas: see `pallas_support`.
     from fusedllm.kernels.attention_tiles import Layout
-    from fusedllm.kernels.attention_triton import attention_triton
     from fusedllm.kernels.decode_attention_triton import decode_attention_triton
     from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 
-    call = {"layout": Layout.of(q, pages, page_table, window), "interpret": interprets()}
+    call: dict[str, Any] = {"layout": Layout.of(q, pages, page_table, window), "interpret": interprets()}
     if q.shape[1] == 1:
         return decode_attention_triton(*operands, **call)
     q, pages = rotate_and_write_triton(*operands, **call)
-    return attention_triton(q, pages, page_table, start, **call), pages
+    k_pages, v_pages, *scales = pages
+    mixed = paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        start,
+        scales=tuple(scales) or None,
+        window=window,
+        implementation=attention,
+    )
+    return mixed, pages
 
 
 def _cached_attention_mosaic(
@@ -159,12 +172,12 @@ def _cached_attention_mosaic(
     window: int | None,
     strict: bool,
 ) -> tuple[jax.Array, Pages]:
-    operands = (q, k, v, cos, sin, pages, page_table, start)
-    if (problem := why_not_attention_mosaic(q, pages)) is None:
-        return _cached_attention_xla(*operands, window, strict, attention="mosaic")
-    if strict:
+    problem = why_not_attention_mosaic(q, pages)
+    if problem and strict:
         raise ImplementationError(f"cached_attention: the implementation 'mosaic' can't run: {problem}.")
-    return _cached_attention_triton(*operands, window, strict)
+    attention = "triton" if problem else "mosaic"
+    # Which takes all that Mosaic's does, to rotate and write.
+    return _cached_attention_triton(q, k, v, cos, sin, pages, page_table, start, window, strict, attention)
 
 
 def _cached_attention_ffi(
