@@ -207,7 +207,9 @@ def test_leading_axes_dtypes_and_weights_of_other_kinds_are_kept():
     weights = [random_codes(SCHEMES["int8"], (8, 64), 1), random_codes(SCHEMES["int4-g32"], (5, 64), 2)]
     with interpreting():
         products = linear(x, *weights, implementation="pallas")
-        with pytest.raises(ImplementationError, match=r"can't run: it multiplies with grouped codes, got float32\."):
+        with pytest.raises(
+            ImplementationError, match="it multiplies with grouped codes, got float32, of which it takes"
+        ):
             linear(x, weights[0], jnp.ones((4, 64)), implementation="pallas")
         with pytest.raises(
             ImplementationError, match="takes activations in bfloat16, float16, float32, got float8_e4m3fn"

@@ -16,7 +16,7 @@ from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
-from fusedllm.kernels.pallas_support import interprets, why_not_codes
+from fusedllm.kernels.pallas_support import interprets, why_not_codes, why_not_few_tokens, why_not_some_tokens
 from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 
@@ -142,22 +142,58 @@ def _linear_triton(
     x: jax.Array, weights: tuple[jax.Array | QuantArray, ...], out_dtype: DTypeLike, precise: bool, strict: bool
 ) -> tuple[jax.Array, ...]:
     del precise
-    problems = [_why_not_triton(x, weight) for weight in weights]
-    if strict and (problem := next(filter(None, problems), None)):
+    ways = [_way_triton(x, weight) for weight in weights]
+    if strict and (problem := next((way for way in ways if isinstance(way, str)), None)):
         raise ImplementationError(f"linear: the implementation 'pallas' can't run: {problem}.")
+    products: dict[int, jax.Array] = {}
+    for launch in (_few_tokens_triton, _some_tokens_triton):
+        some = [at for at, way in enumerate(ways) if way is launch]
+        if some:
+            made = launch(x, [weights[at] for at in some], out_dtype)
+            products |= dict(zip(some, made, strict=True))
     return tuple(
-        _product_xla(x, weight, out_dtype) if problem else _product_triton(x, weight, out_dtype)
-        for weight, problem in zip(weights, problems, strict=True)
+        products[at]
+        if at in products
+        else _product_xla(x, weight, out_dtype)
+        if isinstance(way, str)
+        else _product_triton(x, weight, out_dtype)
+        for at, (weight, way) in enumerate(zip(weights, ways, strict=True))
     )
 
 
-def _why_not_triton(x: jax.Array, weight: jax.Array | QuantArray) -> str | None:
+def _way_triton(x: jax.Array, weight: Any) -> Any:
+    """The function that takes several such weights in one launch, `None` for launches of each by itself, or else what
+    is against it.
+    """
+    if why_not_few_tokens(x, weight) is None:
+        return _few_tokens_triton
+    if why_not_some_tokens(x, weight) is None:
+        return _some_tokens_triton
     scheme = grouped_scheme(weight)
     if scheme is None:
-        return f"it multiplies with grouped codes, got {_kind(weight)}"
+        few, some = why_not_few_tokens(x, weight), why_not_some_tokens(x, weight)
+        return f"it multiplies with grouped codes, got {_kind(weight)}, of which {few} ({some})"
     if x.dtype.name not in PLAIN_NUMBERS:
         return f"it takes activations in {', '.join(PLAIN_NUMBERS)}, got {x.dtype}"
     return why_not_codes(scheme)
+
+
+def _few_tokens_triton(
+    x: jax.Array, weights: Sequence[jax.Array | QuantArray], out_dtype: DTypeLike
+) -> tuple[jax.Array, ...]:
+    from fusedllm.kernels.few_tokens_triton import products_triton  # Imports Pallas: see `pallas_support`.
+
+    rows = x.reshape(-1, x.shape[-1])
+    _, products = products_triton(rows, tuple(weights), out_dtype=np.dtype(out_dtype), interpret=interprets())
+    return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+
+
+def _some_tokens_triton(x: jax.Array, weights: Sequence[Any], out_dtype: DTypeLike) -> tuple[jax.Array, ...]:
+    from fusedllm.kernels.some_tokens_triton import tiles_triton  # Imports Pallas: see `pallas_support`.
+
+    rows = x.reshape(-1, x.shape[-1])
+    products = tiles_triton(rows, tuple(weights), out_dtype=np.dtype(out_dtype), interpret=interprets())
+    return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
 
 
 def _product_triton(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Array:

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.linear import linear
-from fusedllm.model.composed import Composed
+from fusedllm.kernels.norm_linear import norm_linear, norm_swiglu
+from fusedllm.model.composed import Composed, biased
 from fusedllm.model.params import Weight
-from fusedllm.model.placement import Site
+from fusedllm.model.placement import Numbers, Residual, Site
 
 Result = TypeVar("Result")
 Carry = TypeVar("Carry")
+
+# Logits are read as float32, and rounding them to the activations' dtype before would make ties.
+OUT_DTYPES: dict[str, DTypeLike] = {"head": jnp.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +65,75 @@ class Plain(Composed):
     def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Traced where it is called."""
         with jax.named_scope(site.name):
-            return linear(x, *weights, precise=self.activation_bits == 16, implementation=self.implementation)
+            return linear(
+                x,
+                *weights,
+                precise=self._precise,
+                out_dtype=OUT_DTYPES.get(site.name),
+                implementation=self.implementation,
+            )
 
     def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
         """Traced where it is called."""
         with jax.named_scope(site.name):
             return function(*operands, **static)
+
+    def normed(
+        self,
+        sites: tuple[Site, Site],
+        residual: Residual,
+        norm: jax.Array,
+        weights: tuple[Weight, ...],
+        *,
+        eps: float,
+        implementation: str | None,
+    ) -> tuple[jax.Array, tuple[Numbers, ...]]:
+        """One operation, unless norms and products were asked to be of different implementations."""
+        if implementation != self.implementation:
+            return Composed.normed(self, sites, residual, norm, weights, eps=eps, implementation=implementation)
+        with jax.named_scope(sites[1].name):
+            return norm_linear(
+                residual.x,
+                norm,
+                *weights,
+                eps=eps,
+                delta=_delta(residual),
+                precise=self._precise,
+                implementation=implementation,
+            )
+
+    def activated(
+        self,
+        sites: tuple[Site, Site, Site],
+        residual: Residual,
+        norm: jax.Array,
+        weights: tuple[Weight, Weight],
+        biases: tuple[jax.Array | None, jax.Array | None],
+        *,
+        eps: float,
+        implementation: str | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `normed`."""
+        if implementation != self.implementation:
+            return Composed.activated(
+                self, sites, residual, norm, weights, biases, eps=eps, implementation=implementation
+            )
+        with jax.named_scope(sites[1].name):
+            return norm_swiglu(
+                residual.x,
+                norm,
+                *weights,
+                eps=eps,
+                delta=_delta(residual),
+                biases=biases,
+                precise=self._precise,
+                implementation=implementation,
+            )
+
+    @property
+    def _precise(self) -> bool:
+        return self.activation_bits == 16
+
+
+def _delta(residual: Residual) -> jax.Array | None:
+    return None if residual.delta is None else biased(jnp.asarray(residual.delta), residual.bias)
