@@ -16,7 +16,8 @@ from sharding_peer import CONFIG
 from fusedllm.engine.config import EngineConfig
 from fusedllm.engine.replicas import least_loaded, share_of
 from fusedllm.errors import ShardingError
-from fusedllm.model.params import specs
+from fusedllm.model.params import describe, specs
+from fusedllm.partition.sharded import GATHERED, SUMMED
 from fusedllm.sharding.cut import piece
 from fusedllm.sharding.layout import lay_out
 from fusedllm.sharding.mesh import MeshShape, check_model, grid_of, parse_mesh
@@ -98,6 +99,31 @@ def test_every_axis_of_every_parameter_has_a_rule():
         assert layer[f"{name}.bias"] == whole
     assert layer["self_attn.q_norm.weight"] == layer["input_layernorm.weight"] == whole
     assert spec_of(CACHE_AXES) == PartitionSpec("dp", "tp", None, None)
+
+
+def test_what_is_summed_and_gathered_is_what_the_rules_split():
+    description = describe(dataclasses.replace(CONFIG, tie_embeddings=False))
+    layer = description.layers[0]
+    sites = {
+        "qkv": (layer.q, layer.k, layer.v), "o": (layer.o,), "gate_up": (layer.gate, layer.up), "down": (layer.down,),
+        "head": (description.head,),
+    }  # fmt: skip
+    for site, weights in sites.items():
+        for weight in weights:
+            rows, columns = spec_of(weight.axes)
+            assert (columns is not None) == (site in SUMMED)
+            assert (rows is not None and weight.axes[0] == "vocab") == (site in GATHERED)
+
+
+def test_static_arguments_have_programs_of_their_own():
+    def scaled(x, by=1) -> tuple[jax.Array, jax.Array]:
+        return x * by, x + by
+
+    layout = lay_out("tp=2", CONFIG)
+    program = layout.compile(scaled, static_argnames=("by",))
+    x = layout.everywhere(np.arange(3))
+    assert [np.asarray(made).tolist() for made in program(x, by=2)] == [[0, 2, 4], [2, 3, 4]]
+    assert [np.asarray(made).tolist() for made in program(x, by=3)] == [[0, 3, 6], [3, 4, 5]]
 
 
 def test_an_axis_without_a_rule_is_refused():

@@ -10,15 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from sharding_peer import CONFIG, ENGINE, IDS, PROMPTS, answers, checkpoint, compiled, runner_of
 
 import fusedllm
+from fusedllm.engine.programs import Programs
 from fusedllm.engine.replicas import Replicas
 from fusedllm.errors import PolicyError, ShardingError
 from fusedllm.kernels import native
+from fusedllm.kernels.choose import traced_for
 from fusedllm.llm import load
+from fusedllm.partition.sharded import Sharded
 from fusedllm.weights import gguf_write
 from fusedllm.weights.random import random_checkpoint
 
@@ -140,6 +144,13 @@ def test_quantized_weights_are_split_as_they_are(scheme, implementation):
     np.testing.assert_allclose(two, one, rtol=0, atol=SUMS if implementation == "xla" else 2e-4)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "bfloat16"])
+def test_a_cache_of_small_numbers_is_split_with_its_scales(kv_dtype):
+    one, two = on_one_and_on_two(small(), kv_dtype=kv_dtype)
+    # What is rounded differs in its last bit now and then and may become the next code: of e4m3, 1/16 of one number.
+    np.testing.assert_allclose(two, one, rtol=0, atol=2e-3)
+
+
 def test_integers_are_split_and_lose_no_more_than_on_one_device():
     table = fusedllm.quantize(small(), "w8a8")
     one, two = on_one_and_on_two(table, keep_quantized=True)
@@ -156,6 +167,33 @@ def test_blocks_of_a_file_are_packed_for_each_device(kind, tmp_path):
     gguf_write.write(small(), path, type_of=lambda name, shape: kind)
     one, two = on_one_and_on_two(path, keep_quantized=True)
     np.testing.assert_allclose(two, one, rtol=0, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_kernels_of_a_gpu_run_on_the_parts():
+    llm = load(
+        fusedllm.quantize(small(), "int4-g32"),
+        dtype="float32",
+        engine=ENGINE,
+        mesh="tp=2",
+        implementation="xla",
+        keep_quantized=True,
+    )
+    runner, layout = runner_of(llm), llm.mesh
+    assert layout is not None
+    programs = Programs(SMALL, Sharded(), np.dtype(np.float32))
+    tokens = np.zeros((1, 16), np.int32)
+    arguments = (runner._params, runner._cache, tokens, np.zeros(1, np.int32), runner._table(()), np.int32(0))
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with (
+        traced_for("gpu", 9.0),
+        jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)),
+    ):
+        traced = layout.compile(programs.prefill).jitted(*arguments).trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # XLA has no way to cut such a call, which is why nothing is left for it to cut.
+    assert "custom_call @__gpu$xla.gpu.triton" in text
+    assert text.count("stablehlo.all_reduce") == 2 * SMALL.num_layers + 1
 
 
 def test_each_device_holds_its_part_and_groups_of_a_cpu_share_memory():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -102,23 +103,26 @@ class Program:
     def __init__(self, layout: Layout, function: Callable[..., Any], options: dict[str, Any]) -> None:
         self._layout = layout
         self._function = function
-        self._options = options
-        # Made at the first launch, which knows what the arguments are.
-        self._jitted: Any = None
+        # Whatever has a name when it is launched is static.
+        self._options = {name: value for name, value in options.items() if name != "static_argnames"}
+        # Made at the first launch, which knows what the arguments are; one for each choice of what is static.
+        self._jitted: dict[Hashable, Any] = {}
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **static: Hashable) -> Any:
         """Launches it."""
-        return self._made(arguments)(*arguments)
+        return self.jitted(*arguments, **static)(*arguments)
 
-    def trace(self, *arguments: Any) -> Any:
+    def trace(self, *arguments: Any, **static: Hashable) -> Any:
         """As that of `jax.jit`."""
-        return self._made(arguments).trace(*arguments)
+        return self.jitted(*arguments, **static).trace(*arguments)
 
-    def _made(self, arguments: tuple[Any, ...]) -> Any:
-        if self._jitted is None:
+    def jitted(self, *arguments: Any, **static: Hashable) -> Any:
+        """What `jax.jit` made for arguments that lie as these do."""
+        key = tuple(sorted(static.items()))
+        if key not in self._jitted:
             mesh = self._layout.mesh
-            function: Any = self._function
-            named = getattr(function, "func", function)
+            function: Any = functools.partial(self._function, **static)
+            named = self._function.func if isinstance(self._function, functools.partial) else self._function
             ins = jax.tree.map(spec_of_array, arguments)
             hint = typing.get_type_hints(named)["return"]
             results = typing.get_args(hint)
@@ -132,8 +136,8 @@ class Program:
             # native calls to check that.
             spread = jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
             placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (ins, outs), is_leaf=_is_spec)
-            self._jitted = jax.jit(spread, in_shardings=placed[0], out_shardings=placed[1], **self._options)
-        return self._jitted
+            self._jitted[key] = jax.jit(spread, in_shardings=placed[0], out_shardings=placed[1], **self._options)
+        return self._jitted[key]
 
     def _localized(self, operand: Any, spec: Any) -> Any:
         """A quantized matrix knows its shape; on a device it is that of the part."""
