@@ -43,14 +43,17 @@ config = fusedllm.ModelConfig(
     head_dim=8, max_position=256, tie_embeddings=True, eos_token_ids=(2,),
 )
 engine = fusedllm.EngineConfig(max_context=32, prefill_buckets=(16,), batch_buckets=(1,), decode_steps=2)
-llm = fusedllm.load(random_checkpoint(config, "float32"), engine=engine, keep_programs=False)
+llm = fusedllm.load(random_checkpoint(config, "float32"), engine=engine)
 (completion,) = llm.generate([[1, 2, 3]], max_tokens=3, temperature=0, ignore_eos=True)
 assert len(completion.token_ids) == 3
 print("answered")
 """
 
 
-def test_a_model_loads_and_answers_without_packages_that_it_does_not_use():
-    environment = {**os.environ, "XLA_FLAGS": ""}
+def test_a_model_loads_and_answers_without_packages_that_it_does_not_use(tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("FUSEDLLM_CACHE", None)
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert ran.stdout.split() == ["answered"], ran.stderr
+    assert (tmp_path / "fusedllm" / "programs").is_dir()
