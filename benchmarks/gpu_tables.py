@@ -19,6 +19,11 @@ from typing import Any
 from gpu_kernels import Case, attention_cases, linear_cases, ring_cases, timed
 from gpu_part import Clock, Part, copies, on_gpu, reason
 
+# Those whose cases are varied.
+OPERATIONS = ("attention", "linear", "ring_linear")
+# If so many variants of a row change nothing of a program, it is not the program's row.
+UNUSED = 3
+
 LOWERINGS = ("triton", "mosaic")
 # Of a relative distance: partial sums are added in another order.
 TOLERANCE = 2e-2
@@ -36,6 +41,12 @@ class Table:
     def rows(self) -> tuple[Any, ...]:
         """As it is now."""
         return getattr(self.module, self.name)
+
+    @property
+    def operation(self) -> str:
+        """Whose kernels they are: by the module's name, the longest that is in it."""
+        name = self.title.partition(".")[0]
+        return max((each for each in OPERATIONS if each in name), key=len, default="")
 
     @property
     def title(self) -> str:
@@ -105,45 +116,66 @@ def tables_part(part: Part) -> None:
         part.skip("all variants", "there is no GPU to time them on")
         return
     clock = Clock()
-    for family in (attention_cases, linear_cases, ring_cases):
-        for case in family(part):
-            for table in tables():
-                if case.operation in table.module.__name__ and part.left() > 0:
-                    part.attempt(f"{case.operation}, {case.name}", functools.partial(_vary, part, clock, case, table))
+    pending = [
+        _vary(part, clock, case, table)
+        for family in (attention_cases, linear_cases, ring_cases)
+        for case in family(part)
+        for table in tables()
+        if table.operation == case.operation
+    ]
+    # They take turns, so that little time leaves none of them out.
+    while pending and part.left() > 0:
+        pending = [
+            each for each in pending if part.left() > 0 and part.attempt("a case", lambda each=each: next(each, 0))
+        ]
     for row in best(part.found.get("rows", [])):
         print(f"  best: {row['case']}, {row['table']}: {row['variant']} ({row['ratio']:.2f} of the table's time)")
 
 
-def _vary(part: Part, clock: Clock, case: Case, table: Table) -> None:
+def _vary(part: Part, clock: Clock, case: Case, table: Table) -> Iterator[bool]:
+    """Times one variant at a time; ends where the implementation does not take the case."""
     import jax
     import numpy as np
 
+    from fusedllm.errors import ImplementationError
+
+    what = {"table": table.title, "case": f"{case.operation}, {case.name}"}
     operands = case.make(0)
-    usual = lowered(case, table.lowering, operands)
+    try:
+        usual = lowered(case, table.lowering, operands)
+    except ImplementationError as error:
+        part.skip(", ".join(what.values()), reason(error))
+        return
     sets = copies(case.make, part.scale, most=16)
     with replaced(table, 0, table.rows[0]):  # As the variants are: traced without what is remembered.
         base = timed(clock, case, table.lowering, sets, part.scale.repetitions).spread()
         right = _numbers(jax.jit(functools.partial(case.run, table.lowering))(*operands))
+    yield True
     for at, row in enumerate(table.rows):
+        same = 0
         for change, other in variants(row):
-            if part.left() <= 0:
-                return
-            what = {"table": table.title, "row": at, "case": f"{case.operation}, {case.name}", "variant": change}
             try:
                 with replaced(table, at, other):
                     if lowered(case, table.lowering, operands) == usual:
-                        break  # The case is of another row.
+                        same += 1
+                        if same == UNUSED:
+                            break
+                        continue
                     made = _numbers(jax.jit(functools.partial(case.run, table.lowering))(*operands))
                     apart = float(np.linalg.norm(made - right) / np.linalg.norm(right))
                     if not apart <= TOLERANCE:
-                        part.skip(str(what), f"WRONG: {apart:.1e} from the table's own result")
+                        part.skip(
+                            f"{', '.join(what.values())}, {change}", f"WRONG: {apart:.1e} from the table's result"
+                        )
                         continue
                     found = timed(clock, case, table.lowering, sets, part.scale.repetitions).spread()
             except Exception as error:
-                part.skip(f"{what['table']}, {what['case']}, {change}", reason(error))
+                part.skip(f"{', '.join(what.values())}, {change}", reason(error))
                 continue
             ratio = found.median / base.median
-            part.row(**what, microseconds=1e6 * found.median, usual_microseconds=1e6 * base.median, ratio=ratio)
+            part.row(**what, row=at, variant=change, microseconds=1e6 * found.median,
+                     usual_microseconds=1e6 * base.median, ratio=ratio)  # fmt: skip
+            yield True
 
 
 def _numbers(result: Any) -> Any:

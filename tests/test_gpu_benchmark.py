@@ -29,6 +29,7 @@ from common import plain_json, sizes
 from gpu_parts import PARTS
 
 from fusedllm.errors import ImplementationError
+from fusedllm.kernels import linear_triton
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.pallas_support import interpreting
 from fusedllm.kernels.quantize import quantize
@@ -165,6 +166,39 @@ def test_a_replaced_row_is_what_a_kernel_is_traced_with_until_the_end():
             np.testing.assert_allclose(product(), right, rtol=2**-7)  # A last bit of bfloat16.
         assert table.rows is before
         assert traced() == usual
+
+
+def test_variants_are_timed_beside_the_table_s_own_and_the_best_is_told(monkeypatch):
+    """As on a GPU, the kernels interpreted."""
+    monkeypatch.setattr(gpu_tables, "on_gpu", lambda: True)
+    # One case, of which one row is used.
+    monkeypatch.setattr(gpu_tables, "attention_cases", lambda part: [])
+    monkeypatch.setattr(gpu_tables, "ring_cases", lambda part: [])
+    cases = [case for case in gpu_kernels.linear_cases(a_part()) if case.name.startswith("int8, 1 ")]
+    monkeypatch.setattr(gpu_tables, "linear_cases", lambda part: cases)
+    few = [change for change in gpu_tables.variants(linear_triton.BLOCKS[0]) if change[0].startswith("rows")]
+    monkeypatch.setattr(gpu_tables, "variants", lambda row: iter(few if row is linear_triton.BLOCKS[0] else ()))
+    part = a_part()
+    with interpreting():
+        gpu_part.run("gpu_tables", "tables_part", part)
+    assert "failed" not in part.found, part.found
+    assert "skipped" not in part.found, part.found
+    assert [row["variant"] for row in part.found["rows"]] == ["rows 64 -> 128", "rows 64 -> 32"]
+    assert all(row["table"] == "linear_triton.BLOCKS" and row["row"] == 0 for row in part.found["rows"])
+    fastest = min(part.found["rows"], key=lambda row: row["ratio"])
+    assert gpu_tables.best(part.found["rows"]) == ([fastest] if fastest["ratio"] < 1 else [])
+
+
+def test_the_clock_subtracts_what_its_plug_takes(monkeypatch):
+    """As on a GPU: the CPU's queue stands for its."""
+    monkeypatch.setattr(gpu_part, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu_part, "PLUG_SIZE", 64)
+    clock = gpu_part.Clock()
+    x = gpu_part.normal((256, 256), "float32")
+    product = jax.jit(lambda x: x @ x)
+    found = clock.time([lambda: product(x)], 3)
+    assert len(found.samples) == 3
+    assert all(sample > 0 for sample in found.samples)
 
 
 def test_goals_are_judged_by_what_was_measured_and_only_on_the_chip_that_they_are_of():
