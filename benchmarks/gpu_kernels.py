@@ -192,7 +192,40 @@ def small_cases(part: Part) -> Iterator[Case]:
                3.0 * size * tokens * wide, 5.0 * tokens * wide)  # fmt: skip
 
 
-FAMILIES = (linear_cases, attention_cases, cached_cases, ring_cases, small_cases)
+def norm_cases(part: Part) -> Iterator[Case]:
+    """Norm and products in one, where there is such an operation: the two of a layer that begin with a norm."""
+    import jax.numpy as jnp
+
+    try:
+        from fusedllm.kernels.norm_linear import norm_linear, norm_swiglu
+    except ImportError:
+        return
+    config, dtype = config_of(part.scale), part.scale.dtype
+    width, wide, size = config.hidden_size, config.intermediate_size, jnp.dtype(dtype).itemsize
+    narrow = config.num_kv_heads * config.head_dim
+    products: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+        "norm_linear": (norm_linear, (config.num_heads * config.head_dim, narrow, narrow)),
+        "norm_swiglu": (norm_swiglu, (wide, wide)),
+    }
+    for tokens in (1,) if part.tiny else (1, 4, 16):
+        for operation, (function, rows) in products.items():
+
+            def make(number: int, tokens: int = tokens, rows: tuple[int, ...] = rows) -> tuple[Any, ...]:
+                x, delta = (normal((tokens, width), dtype, number + at) for at in (1, 2))
+                weights = (normal((out, width), dtype, number + 3 + at, width**-0.5) for at, out in enumerate(rows))
+                return x, delta, normal((width,), dtype, number), *weights
+
+            def run(
+                implementation: str | None, x: Any, delta: Any, norm: Any, *weights: Any, of: Any = function
+            ) -> Any:
+                return of(x, norm, *weights, eps=1e-5, delta=delta, implementation=implementation)
+
+            out = sum(rows)
+            moved = size * (out * width + tokens * (3 * width + out))
+            yield Case(operation, f"{tokens} tokens", run, make, moved, 2.0 * tokens * out * width)
+
+
+FAMILIES = (linear_cases, attention_cases, cached_cases, norm_cases, ring_cases, small_cases)
 
 
 def timed(clock: Clock, case: Case, implementation: str | None, sets: list[tuple[Any, ...]], repetitions: int) -> Any:

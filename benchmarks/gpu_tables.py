@@ -16,11 +16,15 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_kernels import Case, attention_cases, linear_cases, ring_cases, timed
+import numpy as np
+from gpu_kernels import Case, attention_cases, cached_cases, linear_cases, norm_cases, ring_cases, timed
 from gpu_part import Clock, Part, copies, on_gpu, reason
 
-# Those whose cases are varied.
+# Those whose cases are varied; a module that names none of them is tried with the cases of products.
 OPERATIONS = ("attention", "linear", "ring_linear")
+PRODUCTS = ("linear", "norm_linear", "norm_swiglu")
+# By which a row is chosen.
+KEYS = ("up_to", "width")
 # If so many variants of a row change nothing of a program, it is not the program's row.
 UNUSED = 3
 
@@ -43,10 +47,11 @@ class Table:
         return getattr(self.module, self.name)
 
     @property
-    def operation(self) -> str:
+    def operations(self) -> tuple[str, ...]:
         """Whose kernels they are: by the module's name, the longest that is in it."""
         name = self.title.partition(".")[0]
-        return max((each for each in OPERATIONS if each in name), key=len, default="")
+        own = max((each for each in OPERATIONS if each in name), key=len, default="")
+        return (own, "cached_attention") if own == "attention" else (own,) if own else PRODUCTS
 
     @property
     def title(self) -> str:
@@ -72,15 +77,20 @@ def tables() -> list[Table]:
 
 
 def variants(row: Any) -> Iterator[tuple[str, Any]]:
-    """`row` with one number changed, and how."""
+    """`row` with one number changed, or all of one tuple, and how."""
     for each in dataclasses.fields(row):
         value = getattr(row, each.name)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or each.name.startswith("up_to"):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if each.name in KEYS or not all(type(number) is int and number > 0 for number in numbers) or not numbers:
             continue
-        others = (value + 1, value - 1) if each.name == "stages" else (2 * value, value // 2)
+        if each.name == "stages":
+            others = [tuple(number + by for number in numbers) for by in (1, -1)]
+        else:
+            others = [tuple(2 * number for number in numbers), tuple(number // 2 for number in numbers)]
         for other in others:
-            if other > 0:
-                yield f"{each.name} {value} -> {other}", dataclasses.replace(row, **{each.name: other})
+            if min(other) > 0:
+                changed = other if isinstance(value, tuple) else other[0]
+                yield f"{each.name} {value} -> {changed}", dataclasses.replace(row, **{each.name: changed})
 
 
 @contextlib.contextmanager
@@ -118,10 +128,10 @@ def tables_part(part: Part) -> None:
     clock = Clock()
     pending = [
         _vary(part, clock, case, table)
-        for family in (attention_cases, linear_cases, ring_cases)
+        for family in (attention_cases, cached_cases, norm_cases, linear_cases, ring_cases)
         for case in family(part)
         for table in tables()
-        if table.operation == case.operation
+        if case.operation in table.operations
     ]
     # They take turns, so that little time leaves none of them out.
     while pending and part.left() > 0:
@@ -133,56 +143,63 @@ def tables_part(part: Part) -> None:
 
 
 def _vary(part: Part, clock: Clock, case: Case, table: Table) -> Iterator[bool]:
-    """Times one variant at a time; ends where the implementation does not take the case."""
-    import jax
-    import numpy as np
-
+    """Times one variant a turn; ends at once where the implementation does not take the case, or not by this table."""
     from fusedllm.errors import ImplementationError
 
     what = {"table": table.title, "case": f"{case.operation}, {case.name}"}
-    operands = case.make(0)
     try:
+        operands = case.make(0)
         usual = lowered(case, table.lowering, operands)
-    except ImplementationError as error:
-        part.skip(", ".join(what.values()), reason(error))
+        used = [change for at in range(len(table.rows)) for change in _used(case, table, at, operands, usual)]
+        if not used:
+            return
+        sets = copies(case.make, part.scale, most=16)
+        with replaced(table, 0, table.rows[0]):  # As the variants are: traced without what is remembered.
+            right, base = _run(part, clock, case, table, sets)
+    except Exception as error:
+        # That there is no such implementation, or not of this, is no failure.
+        prefix = "" if isinstance(error, ImplementationError) else "FAILED: "
+        part.skip(", ".join(what.values()), prefix + reason(error))
         return
-    sets = copies(case.make, part.scale, most=16)
-    with replaced(table, 0, table.rows[0]):  # As the variants are: traced without what is remembered.
-        base = timed(clock, case, table.lowering, sets, part.scale.repetitions).spread()
-        right = _numbers(jax.jit(functools.partial(case.run, table.lowering))(*operands))
-    yield True
-    for at, row in enumerate(table.rows):
-        same = 0
-        for change, other in variants(row):
+    for at, change, other in used:
+        try:
+            with replaced(table, at, other):
+                made, took = _run(part, clock, case, table, sets)
+        except Exception as error:
+            part.skip(f"{', '.join(what.values())}, {change}", reason(error))
+            continue
+        apart = float(np.linalg.norm(made - right) / np.linalg.norm(right))
+        if not apart <= TOLERANCE:
+            part.skip(f"{', '.join(what.values())}, {change}", f"WRONG: {apart:.1e} from the table's own result")
+            continue
+        part.row(**what, row=at, variant=change, microseconds=1e6 * took, usual_microseconds=1e6 * base,
+                 ratio=took / base)  # fmt: skip
+        yield True
+
+
+def _used(case: Case, table: Table, at: int, operands: Any, usual: str) -> Iterator[tuple[int, str, Any]]:
+    """The variants of row `at` that change the case's program; none where it is another row's."""
+    same = 0
+    for change, other in variants(table.rows[at]):
+        with replaced(table, at, other):
             try:
-                with replaced(table, at, other):
-                    if lowered(case, table.lowering, operands) == usual:
-                        same += 1
-                        if same == UNUSED:
-                            break
-                        continue
-                    made = _numbers(jax.jit(functools.partial(case.run, table.lowering))(*operands))
-                    apart = float(np.linalg.norm(made - right) / np.linalg.norm(right))
-                    if not apart <= TOLERANCE:
-                        part.skip(
-                            f"{', '.join(what.values())}, {change}", f"WRONG: {apart:.1e} from the table's result"
-                        )
-                        continue
-                    found = timed(clock, case, table.lowering, sets, part.scale.repetitions).spread()
-            except Exception as error:
-                part.skip(f"{', '.join(what.values())}, {change}", reason(error))
-                continue
-            ratio = found.median / base.median
-            part.row(**what, row=at, variant=change, microseconds=1e6 * found.median,
-                     usual_microseconds=1e6 * base.median, ratio=ratio)  # fmt: skip
-            yield True
+                changes = lowered(case, table.lowering, operands) != usual
+            except Exception:  # Why is told where it is to be run.
+                changes = True
+        same += not changes
+        if same == UNUSED:
+            return
+        if changes:
+            yield at, change, other
 
 
-def _numbers(result: Any) -> Any:
+def _run(part: Part, clock: Clock, case: Case, table: Table, sets: Any) -> tuple[Any, float]:
+    """The case's numbers, and its seconds."""
     import jax
-    import numpy as np
 
-    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(result)])
+    made = jax.jit(functools.partial(case.run, table.lowering))(*sets[0])
+    numbers = np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(made)])
+    return numbers, timed(clock, case, table.lowering, sets, part.scale.repetitions).spread().median
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -172,8 +172,8 @@ def test_variants_are_timed_beside_the_table_s_own_and_the_best_is_told(monkeypa
     """As on a GPU, the kernels interpreted."""
     monkeypatch.setattr(gpu_tables, "on_gpu", lambda: True)
     # One case, of which one row is used.
-    monkeypatch.setattr(gpu_tables, "attention_cases", lambda part: [])
-    monkeypatch.setattr(gpu_tables, "ring_cases", lambda part: [])
+    for family in ("attention_cases", "cached_cases", "norm_cases", "ring_cases"):
+        monkeypatch.setattr(gpu_tables, family, lambda part: [])
     cases = [case for case in gpu_kernels.linear_cases(a_part()) if case.name.startswith("int8, 1 ")]
     monkeypatch.setattr(gpu_tables, "linear_cases", lambda part: cases)
     few = [change for change in gpu_tables.variants(linear_triton.BLOCKS[0]) if change[0].startswith("rows")]
