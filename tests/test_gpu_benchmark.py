@@ -141,7 +141,9 @@ def test_tables_are_found_and_a_row_s_variants_change_one_number_each():
     assert {"linear_triton.BLOCKS", "ring_linear_triton.BLOCKS"} <= found.keys()
     row = found["linear_triton.BLOCKS"].rows[0]
     made = dict(gpu_tables.variants(row))
-    assert {"rows 64 -> 128", "rows 64 -> 32", "stages 4 -> 5", "stages 4 -> 3"} <= made.keys()
+    rows, stages = row.rows, row.stages
+    wanted = {f"rows {rows} -> {2 * rows}", f"rows {rows} -> {rows // 2}"}
+    assert {*wanted, f"stages {stages} -> {stages + 1}", f"stages {stages} -> {stages - 1}"} <= made.keys()
     for other in made.values():
         assert sum(getattr(other, name) != getattr(row, name) for name in type(row).__dataclass_fields__) == 1
 
@@ -149,7 +151,7 @@ def test_tables_are_found_and_a_row_s_variants_change_one_number_each():
 def test_a_replaced_row_is_what_a_kernel_is_traced_with_until_the_end():
     table = next(table for table in gpu_tables.tables() if table.title == "linear_triton.BLOCKS")
     weight = quantize(jax.random.normal(jax.random.key(0), (96, 64)), SCHEMES["int4-g32"])
-    x = jax.random.normal(jax.random.key(1), (2, 64), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (32, 64), jnp.bfloat16)  # Of the second row.
 
     def traced():
         return str(jax.make_jaxpr(lambda x: linear(x, weight, implementation="triton")[0])(x))
@@ -160,8 +162,8 @@ def test_a_replaced_row_is_what_a_kernel_is_traced_with_until_the_end():
     before = table.rows
     with interpreting():
         usual, right = traced(), product()
-        other = dict(gpu_tables.variants(before[0]))["rows 64 -> 32"]
-        with gpu_tables.replaced(table, 0, other):
+        other = next(row for change, row in gpu_tables.variants(before[1]) if change.startswith("rows"))
+        with gpu_tables.replaced(table, 1, other):
             assert traced() != usual
             np.testing.assert_allclose(product(), right, rtol=2**-7)  # A last bit of bfloat16.
         assert table.rows is before
@@ -171,20 +173,23 @@ def test_a_replaced_row_is_what_a_kernel_is_traced_with_until_the_end():
 def test_variants_are_timed_beside_the_table_s_own_and_the_best_is_told(monkeypatch):
     """As on a GPU, the kernels interpreted."""
     monkeypatch.setattr(gpu_tables, "on_gpu", lambda: True)
-    # One case, of which one row is used.
+    # One case, and of one number of its row both variants.
     for family in ("attention_cases", "cached_cases", "norm_cases", "ring_cases"):
         monkeypatch.setattr(gpu_tables, family, lambda part: [])
-    cases = [case for case in gpu_kernels.linear_cases(a_part()) if case.name.startswith("int8, 1 ")]
+    monkeypatch.setattr(gpu_kernels, "LINEAR_TOKENS", (32,))
+    cases = [case for case in gpu_kernels.linear_cases(a_part()) if case.name.startswith("int8,")]
     monkeypatch.setattr(gpu_tables, "linear_cases", lambda part: cases)
-    few = [change for change in gpu_tables.variants(linear_triton.BLOCKS[0]) if change[0].startswith("rows")]
-    monkeypatch.setattr(gpu_tables, "variants", lambda row: iter(few if row is linear_triton.BLOCKS[0] else ()))
+    own = linear_triton.BLOCKS[1]
+    few = [change for change in gpu_tables.variants(own) if change[0].startswith("rows")]
+    monkeypatch.setattr(gpu_tables, "variants", lambda row: iter(few if row is own else ()))
     part = a_part()
     with interpreting():
         gpu_part.run("gpu_tables", "tables_part", part)
     assert "failed" not in part.found, part.found
     assert "skipped" not in part.found, part.found
-    assert [row["variant"] for row in part.found["rows"]] == ["rows 64 -> 128", "rows 64 -> 32"]
-    assert all(row["table"] == "linear_triton.BLOCKS" and row["row"] == 0 for row in part.found["rows"])
+    assert [row["variant"] for row in part.found["rows"]] == [change for change, _ in few]
+    assert len(few) == 2
+    assert all(row["table"] == "linear_triton.BLOCKS" and row["row"] == 1 for row in part.found["rows"])
     fastest = min(part.found["rows"], key=lambda row: row["ratio"])
     assert gpu_tables.best(part.found["rows"]) == ([fastest] if fastest["ratio"] < 1 else [])
 
