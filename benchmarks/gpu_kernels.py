@@ -7,12 +7,13 @@ implementation that an operation does not have, or that does not take the operan
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from common import Spread
-from gpu_part import Clock, Part, config_of, copies, normal, on_gpu, reason
+from gpu_part import Clock, Clocked, Part, compile_together, config_of, copies, normal, on_gpu, reason
 
 LINEAR_SCHEMES = (None, "int8", "int4-g64", "fp8", "w8a8", "int4-g64-sym", "int8-g64", "int3-g128")
 LINEAR_TOKENS = (1, 16, 64, 512)
@@ -21,6 +22,8 @@ DECODE_CASES = ((1, 128), (1, 8192), (32, 1024), (128, 1024))
 RING_TOKENS = (1, 16, 1024)
 QUANTIZE_SCHEMES = ("int8", "int4-g64", "int8-g64", "fp8", "w8a8", "int4-g64-sym", "int3-g128")
 PAGE_SIZE = 16
+# Cases that are compiled together.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -228,46 +231,70 @@ def norm_cases(part: Part) -> Iterator[Case]:
 FAMILIES = (linear_cases, attention_cases, cached_cases, norm_cases, ring_cases, small_cases)
 
 
-def timed(clock: Clock, case: Case, implementation: str | None, sets: list[tuple[Any, ...]], repetitions: int) -> Any:
-    """The case's program on its sets of operands, in turn."""
+def lowered(case: Case, implementation: str | None, operands: tuple[Any, ...]) -> Any:
+    """The case's program, not compiled yet.
+
+    Raises:
+      ImplementationError: there is no such implementation, or it does not take the operands.
+    """
     import jax
 
-    program = jax.jit(functools.partial(case.run, implementation))
+    return jax.jit(functools.partial(case.run, implementation)).lower(*operands)
+
+
+def timed(clock: Clock, program: Callable[..., Any], sets: list[tuple[Any, ...]], repetitions: int) -> Clocked:
+    """A compiled program on its sets of operands, in turn."""
     return clock.time([functools.partial(program, *operands) for operands in sets], repetitions)
 
 
+def in_turn(part: Part) -> Iterator[Case]:
+    """The cases of all families, one of each at a time: little time leaves no family out."""
+    families = [family(part) for family in FAMILIES]
+    for together in itertools.zip_longest(*families):
+        yield from (case for case in together if case is not None)
+
+
 def kernels_part(part: Part) -> None:
-    """Every case by every implementation: microseconds, GB/s, TFLOP/s."""
+    """Every case by every implementation: microseconds, GB/s, TFLOP/s. Some are compiled together, and then timed."""
+    clock, cases = Clock(), in_turn(part)
+    while part.left() > 0:
+        batch = list(itertools.islice(cases, TOGETHER))
+        if not batch:
+            return
+        sets = [case.make(0) for case in batch]
+        programs = []
+        for at, case in enumerate(batch):
+            for name in implementations():
+                try:
+                    programs.append((at, name, lowered(case, name, sets[at])))
+                except Exception as error:
+                    _refused(part, case, name, error)
+        made = compile_together([program for _, _, program in programs])
+        del sets
+        for at, case in enumerate(batch):
+            own = [(name, program) for (of, name, _), program in zip(programs, made, strict=True) if of == at]
+            operands = part.attempt(f"{case.operation}, {case.name}", functools.partial(copies, case.make, part.scale))
+            for name, program in own if operands else ():
+                try:
+                    if isinstance(program, Exception):
+                        raise program
+                    _row(part, case, name, timed(clock, program, operands, part.scale.repetitions))
+                except Exception as error:
+                    _refused(part, case, name, error)
+    left = sum(1 for _ in cases)
+    if left:
+        part.skip(f"{left} more cases", "no time was left")
+
+
+def _refused(part: Part, case: Case, implementation: str, error: Exception) -> None:
+    """Tells of an implementation that said itself that it can't, and of one that failed."""
     from fusedllm.errors import ImplementationError
 
-    clock = Clock()
-    # Families take turns, so that little time leaves none of them out.
-    pending = [iter(family(part)) for family in FAMILIES]
-    while pending and part.left() > 0:
-        for cases in list(pending):
-            case = next(cases, None)
-            if case is None:
-                pending.remove(cases)
-                continue
-            sets = copies(case.make, part.scale)
-            for name in implementations():
-                what = f"{case.operation}, {case.name}, {name}"
-                if part.left() <= 0:
-                    part.skip(what, "no time was left")
-                    continue
-                try:
-                    found = timed(clock, case, name, sets, part.scale.repetitions)
-                except ImplementationError as error:
-                    part.skip(what, reason(error))
-                    continue
-                except Exception as error:
-                    part.skip(what, f"FAILED: {reason(error)}")
-                    continue
-                _row(part, case, name, found)
-            del sets
+    prefix = "" if isinstance(error, ImplementationError) else "FAILED: "
+    part.skip(f"{case.operation}, {case.name}, {implementation}", prefix + reason(error))
 
 
-def _row(part: Part, case: Case, implementation: str, found: Any) -> None:
+def _row(part: Part, case: Case, implementation: str, found: Clocked) -> None:
     seconds = found.spread()
     part.row(
         operation=case.operation,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common import Spread, decode_bytes, prefill_operations, sizes
-from gpu_part import Part, config_of, normal, on_gpu, peak_memory
+from gpu_part import Part, compile_together, config_of, normal, on_gpu, peak_memory
 
 SCHEMES = ("int8", "int4-g64", "fp8", "w8a8", "int4-g64-sym", "int8-g64")
 PAGE_SIZE = 16
@@ -62,6 +62,31 @@ class Model:
         self.runner: Any = self.llm.engine.runner
         self.scale = scale
         self._filled = False
+
+    def compile_ahead(self, prompts: bool, batches: tuple[int, ...] = ()) -> None:
+        """Compiles programs of prompts or of decode steps side by side, for the directory of compiled programs to have.
+
+        Where there is none, or it does not have them for some reason, they are compiled when they are first run.
+        """
+        import jax
+        import numpy as np
+
+        from fusedllm.engine.runner import orders
+
+        runner, engine = self.runner, self.engine
+        if not on_gpu() or not jax.config.jax_compilation_cache_dir:
+            return
+        state = runner._params, runner._cache
+        lowered = [
+            runner._decode.lower(
+                *state, runner._seats, orders(engine, [], batch), np.int32(1), runner._all_allowed[batch]
+            )
+            for batch in batches
+        ]
+        for bucket in engine.prefill_buckets if prompts else ():
+            tokens, start = np.zeros((1, bucket), np.int32), np.zeros(1, np.int32)
+            lowered.append(runner._prefill.lower(*state, tokens, start, runner._table(()), np.int32(0)))
+        compile_together(lowered)
 
     def nbytes(self) -> int:
         """Of all weights that a decode step reads, each once."""
@@ -202,6 +227,7 @@ def decode_part(part: Part) -> None:
     model = Model(part)
     shape, itemsize = sizes(model.config), jnp.dtype(part.scale.dtype).itemsize
     part.put("weight_bytes", model.nbytes())
+    part.attempt("compiling side by side", lambda: model.compile_ahead(prompts=False, batches=part.scale.batches))
     for batch in part.scale.batches:
         for context in part.scale.contexts:
             name = f"context {context}, batch {batch}"
@@ -234,6 +260,7 @@ def decode_part(part: Part) -> None:
 def prefill_part(part: Part) -> None:
     """Prompts of several lengths: the program's time, and what a caller waits for."""
     model = Model(part)
+    part.attempt("compiling side by side", lambda: model.compile_ahead(prompts=True))
     model.fill_cache()
     shape = sizes(model.config)
     # What the goal is about goes first.
@@ -283,6 +310,7 @@ def quantized_part(part: Part) -> None:
 
 def _one_scheme(part: Part, scheme: str | None, context: int, tokens: int) -> dict[str, Any]:
     model = Model(part, scheme)
+    part.attempt("compiling side by side", lambda: model.compile_ahead(prompts=True, batches=(1,)))
     step = _samples(part, model.decode(context, 1))
     prompt = _samples(part, model.prefill(tokens))
     return {

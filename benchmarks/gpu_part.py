@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ QUEUED = 24
 PLUG_SIZE = 4096
 # Longer than the host takes to launch the rest: some 10 to 40 microseconds each.
 PLUG_SECONDS = 2e-3
+MOST_PLUGS = 64
+# Threads that compile.
+COMPILERS = 8
 
 
 @dataclass(frozen=True)
@@ -267,18 +271,39 @@ class Clock:
         import jax.numpy as jnp
 
         x = normal((PLUG_SIZE, PLUG_SIZE), jnp.bfloat16, scale=1 / PLUG_SIZE**0.5)
-        # The count is an argument, so that one program serves for any length.
-        turn = jax.jit(lambda x, count: jax.lax.fori_loop(0, count, lambda _, y: jnp.dot(y, x), x))
+
+        def products(x: Any, count: int) -> Any:
+            # No loop: of one whose turns are counted on the device the host waits for each.
+            y = x
+            for _ in range(count):
+                y = jnp.dot(y, x)
+            return y
+
+        turn = jax.jit(products, static_argnums=1)
 
         def took(count: int) -> float:
+            turn(x, count).block_until_ready()
             began = time.perf_counter()
             turn(x, count).block_until_ready()
             return time.perf_counter() - began
 
-        took(2)
-        each = max((took(42) - took(2)) / 40, 1e-6)
-        count = max(2, round(PLUG_SECONDS / each))
+        each = max((took(10) - took(2)) / 8, 1e-6)
+        count = min(max(2, round(PLUG_SECONDS / each)), MOST_PLUGS)
+        turn(x, count).block_until_ready()
         return lambda: turn(x, count)
+
+
+def compile_together(lowered: Sequence[Any]) -> list[Any]:
+    """Each of jax's lowered programs compiled, or the error that it met: compilers use one core each."""
+
+    def one(program: Any) -> Any:
+        try:
+            return program.compile()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, min(COMPILERS, os.cpu_count() or 1))) as pool:
+        return list(pool.map(one, lowered))
 
 
 def copies(make: Callable[[int], Any], scale: Scale, most: int = 64) -> list[Any]:

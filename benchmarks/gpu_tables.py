@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from gpu_kernels import Case, attention_cases, cached_cases, linear_cases, norm_cases, ring_cases, timed
-from gpu_part import Clock, Part, copies, on_gpu, reason
+from gpu_kernels import Case, in_turn, lowered, timed
+from gpu_part import Clock, Part, compile_together, copies, on_gpu, reason
 
 # Those whose cases are varied; a module that names none of them is tried with the cases of products.
 OPERATIONS = ("attention", "linear", "ring_linear")
@@ -110,13 +110,6 @@ def replaced(table: Table, at: int, row: Any) -> Iterator[None]:
             setattr(table.module, name, value)
 
 
-def lowered(case: Case, implementation: str, operands: tuple[Any, ...]) -> str:
-    """The case's program, not compiled."""
-    import jax
-
-    return jax.jit(functools.partial(case.run, implementation)).lower(*operands).as_text()
-
-
 def tables_part(part: Part) -> None:
     """Every row of every table; the best of each case is printed last."""
     for table in tables():
@@ -126,80 +119,68 @@ def tables_part(part: Part) -> None:
         part.skip("all variants", "there is no GPU to time them on")
         return
     clock = Clock()
-    pending = [
-        _vary(part, clock, case, table)
-        for family in (attention_cases, cached_cases, norm_cases, linear_cases, ring_cases)
-        for case in family(part)
-        for table in tables()
-        if case.operation in table.operations
-    ]
-    # They take turns, so that little time leaves none of them out.
-    while pending and part.left() > 0:
-        pending = [
-            each for each in pending if part.left() > 0 and part.attempt("a case", lambda each=each: next(each, 0))
-        ]
+    for case in in_turn(part):
+        for table in tables():
+            if case.operation in table.operations and part.left() > 0:
+                part.attempt(
+                    f"{table.title}, {case.operation}, {case.name}", functools.partial(_vary, part, clock, case, table)
+                )
     for row in best(part.found.get("rows", [])):
         print(f"  best: {row['case']}, {row['table']}: {row['variant']} ({row['ratio']:.2f} of the table's time)")
 
 
-def _vary(part: Part, clock: Clock, case: Case, table: Table) -> Iterator[bool]:
-    """Times one variant a turn; ends at once where the implementation does not take the case, or not by this table."""
-    from fusedllm.errors import ImplementationError
-
+def _vary(part: Part, clock: Clock, case: Case, table: Table) -> None:
+    """Times the variants that change the case's program, compiled together; none where another table's kernel runs."""
     what = {"table": table.title, "case": f"{case.operation}, {case.name}"}
-    try:
-        operands = case.make(0)
+    operands = case.make(0)
+    with replaced(table, 0, table.rows[0]):  # As the variants are: traced without what is remembered.
         usual = lowered(case, table.lowering, operands)
-        used = [change for at in range(len(table.rows)) for change in _used(case, table, at, operands, usual)]
-        if not used:
-            return
-        sets = copies(case.make, part.scale, most=16)
-        with replaced(table, 0, table.rows[0]):  # As the variants are: traced without what is remembered.
-            right, base = _run(part, clock, case, table, sets)
-    except Exception as error:
-        # That there is no such implementation, or not of this, is no failure.
-        prefix = "" if isinstance(error, ImplementationError) else "FAILED: "
-        part.skip(", ".join(what.values()), prefix + reason(error))
+    text = usual.as_text()
+    used = [(at, *one) for at in range(len(table.rows)) for one in _used(part, case, table, at, operands, text)]
+    if not used:
         return
-    for at, change, other in used:
-        try:
-            with replaced(table, at, other):
-                made, took = _run(part, clock, case, table, sets)
-        except Exception as error:
-            part.skip(f"{', '.join(what.values())}, {change}", reason(error))
+    base, *others = compile_together([usual, *(program for _, _, program in used)])
+    sets = copies(case.make, part.scale, most=16)
+    right, usually = _numbers(base(*operands)), timed(clock, base, sets, part.scale.repetitions).spread().median
+    for (at, change, _), program in zip(used, others, strict=True):
+        name = f"{', '.join(what.values())}, {change}"
+        if part.left() <= 0:
+            part.skip(name, "no time was left")
+            return
+        if isinstance(program, Exception):
+            part.skip(name, reason(program))
             continue
-        apart = float(np.linalg.norm(made - right) / np.linalg.norm(right))
+        apart = float(np.linalg.norm(_numbers(program(*operands)) - right) / np.linalg.norm(right))
         if not apart <= TOLERANCE:
-            part.skip(f"{', '.join(what.values())}, {change}", f"WRONG: {apart:.1e} from the table's own result")
+            part.skip(name, f"WRONG: {apart:.1e} from the table's own result")
             continue
-        part.row(**what, row=at, variant=change, microseconds=1e6 * took, usual_microseconds=1e6 * base,
-                 ratio=took / base)  # fmt: skip
-        yield True
+        took = timed(clock, program, sets, part.scale.repetitions).spread().median
+        part.row(**what, row=at, variant=change, microseconds=1e6 * took, usual_microseconds=1e6 * usually,
+                 ratio=took / usually)  # fmt: skip
 
 
-def _used(case: Case, table: Table, at: int, operands: Any, usual: str) -> Iterator[tuple[int, str, Any]]:
-    """The variants of row `at` that change the case's program; none where it is another row's."""
+def _used(part: Part, case: Case, table: Table, at: int, operands: Any, usual: str) -> Iterator[tuple[str, Any]]:
+    """The variants of row `at` that change the case's program, lowered; none where it is another row's."""
     same = 0
     for change, other in variants(table.rows[at]):
         with replaced(table, at, other):
             try:
-                changes = lowered(case, table.lowering, operands) != usual
-            except Exception:  # Why is told where it is to be run.
-                changes = True
-        same += not changes
+                program = lowered(case, table.lowering, operands)
+            except Exception as error:
+                part.skip(f"{table.title}, {case.operation}, {case.name}, {change}", reason(error))
+                continue
+        if program.as_text() != usual:
+            yield change, program
+            continue
+        same += 1
         if same == UNUSED:
             return
-        if changes:
-            yield at, change, other
 
 
-def _run(part: Part, clock: Clock, case: Case, table: Table, sets: Any) -> tuple[Any, float]:
-    """The case's numbers, and its seconds."""
+def _numbers(result: Any) -> Any:
     import jax
 
-    made = jax.jit(functools.partial(case.run, table.lowering))(*sets[0])
-    numbers = np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(made)])
-    return numbers, timed(clock, case, table.lowering, sets, part.scale.repetitions).spread().median
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(result)])
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -129,11 +129,13 @@ def test_time_that_parts_leave_is_given_to_those_after_them():
 @pytest.mark.parametrize("name", ["xla", "triton"])
 def test_implementations_are_asked_for_by_name_and_say_themselves_that_they_can_not_run(name):
     case = next(gpu_kernels.linear_cases(a_part()))
+    operands = case.make(0)
     if name == "xla":
-        assert gpu_kernels.timed(gpu_part.Clock(), case, name, [case.make(0)], 1).samples[0] > 0
+        program = gpu_kernels.lowered(case, name, operands).compile()
+        assert gpu_kernels.timed(gpu_part.Clock(), program, [operands], 1).samples[0] > 0
     else:
         with pytest.raises(ImplementationError, match="can't run"):
-            gpu_kernels.timed(gpu_part.Clock(), case, name, [case.make(0)], 1)
+            gpu_kernels.lowered(case, name, operands)
 
 
 def test_tables_are_found_and_a_row_s_variants_change_one_number_each():
@@ -174,11 +176,9 @@ def test_variants_are_timed_beside_the_table_s_own_and_the_best_is_told(monkeypa
     """As on a GPU, the kernels interpreted."""
     monkeypatch.setattr(gpu_tables, "on_gpu", lambda: True)
     # One case, and of one number of its row both variants.
-    for family in ("attention_cases", "cached_cases", "norm_cases", "ring_cases"):
-        monkeypatch.setattr(gpu_tables, family, lambda part: [])
     monkeypatch.setattr(gpu_kernels, "LINEAR_TOKENS", (32,))
     cases = [case for case in gpu_kernels.linear_cases(a_part()) if case.name.startswith("int8,")]
-    monkeypatch.setattr(gpu_tables, "linear_cases", lambda part: cases)
+    monkeypatch.setattr(gpu_tables, "in_turn", lambda part: cases)
     own = linear_triton.BLOCKS[1]
     few = [change for change in gpu_tables.variants(own) if change[0].startswith("rows")]
     monkeypatch.setattr(gpu_tables, "variants", lambda row: iter(few if row is own else ()))
