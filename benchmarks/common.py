@@ -190,11 +190,17 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes `result`; a `Spread` becomes an object of its three numbers."""
+def write_json(path: Path, result: dict[str, Any], quiet: bool = False) -> None:
+    """Writes `result` as `plain_json` makes it, and says so unless `quiet`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, default=_plain) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    path.write_text(plain_json(result), encoding="utf-8")
+    if not quiet:
+        print(f"wrote {path}")
+
+
+def plain_json(result: dict[str, Any]) -> str:
+    """`result` as JSON; a `Spread` becomes an object of its three numbers."""
+    return json.dumps(result, indent=2, default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import threading
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from fusedllm.errors import PadReuseError
 from fusedllm.partition.forks import abandon_on_fork, forked
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers import CipherContext
 
 CipherName = Literal["aes-256-ctr", "chacha20"]
 
@@ -57,6 +59,9 @@ class KeyStream:
 
     def _keyed(self, count: int) -> CipherContext:
         if self._context is None or self._left < count:
+            # Only policies with pads need it: a model without them loads where it is not installed.
+            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
             key = os.urandom(32)
             self._context = (
                 Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()

@@ -50,8 +50,11 @@ def cache_directory() -> Path:
     """Where models are kept: `FUSEDLLM_CACHE`, or else the platform's cache directory; it need not exist."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser().absolute()
-    import platformdirs
-
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        # A machine that is only lent may lack it: what it would say of Linux.
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedllm")
     return Path(platformdirs.user_cache_dir("fusedllm", appauthor=False))
 
 
