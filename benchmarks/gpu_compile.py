@@ -101,6 +101,7 @@ class Compiler:
         import jax
         import numpy as np
 
+        from fusedllm.config import Sampler
         from fusedllm.engine.config import EngineConfig
         from fusedllm.engine.programs import Programs
         from fusedllm.engine.slots import empty_seats, mask_words
@@ -108,7 +109,8 @@ class Compiler:
         from fusedllm.model.cache import empty_cache
         from fusedllm.partition.plain import Plain
 
-        engine = EngineConfig(
+        engine = EngineConfig.suited(
+            "gpu",
             max_context=self._context,
             cache_tokens=self._batch * self._context,
             page_size=PAGE_SIZE,
@@ -122,7 +124,13 @@ class Compiler:
         shape, whole = jax.ShapeDtypeStruct, np.dtype(np.int32)
         function: Callable[..., Any]
         if program == "decode":
-            function, donated = functools.partial(programs.decode, most=engine.decode_steps), (1, 2)
+            decode = functools.partial(
+                programs.decode,
+                most=engine.decode_steps,
+                sampler=Sampler.UNFILTERED,
+                free_steps=engine.free_steps,
+            )
+            function, donated = decode, (1, 2)
             orders = shape((self._batch, 3 + engine.new_pages), whole)
             allowed = shape((self._batch, mask_words(config)), np.dtype(np.uint32))
             arguments = (params, cache, seats, orders, shape((), whole), allowed)

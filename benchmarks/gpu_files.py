@@ -74,8 +74,12 @@ class Compiler:
         chosen = TINY if scale["tiny"] else GPU
         config, tokens = config_of(chosen), max(size for size in chosen.prefill if size <= 1024)
         params = random_params(config, chosen.dtype)
-        engine = EngineConfig(
-            max_context=tokens + 64, prefill_buckets=(tokens,), batch_buckets=(1,), prefix_cache=False
+        engine = EngineConfig.suited(
+            jax.default_backend(),
+            max_context=tokens + 64,
+            prefill_buckets=(tokens,),
+            batch_buckets=(1,),
+            prefix_cache=False,
         )
         llm = LLM(config, params, engine=engine, dtype=chosen.dtype)
         began = time.perf_counter()

@@ -71,18 +71,11 @@ class Model:
         import jax
         import numpy as np
 
-        from fusedllm.engine.runner import orders
-
         runner, engine = self.runner, self.engine
         if not on_gpu() or not jax.config.jax_compilation_cache_dir:
             return
         state = runner._params, runner._cache
-        lowered = [
-            runner._decode.lower(
-                *state, runner._seats, orders(engine, [], batch), np.int32(1), runner._all_allowed[batch]
-            )
-            for batch in batches
-        ]
+        lowered = [runner.trace_decode(batch).lower() for batch in batches]
         for bucket in engine.prefill_buckets if prompts else ():
             tokens, start = np.zeros((1, bucket), np.int32), np.zeros(1, np.int32)
             lowered.append(runner._prefill.lower(*state, tokens, start, runner._table(()), np.int32(0)))
@@ -132,6 +125,8 @@ class Model:
         rows = [(seat, entries, ()) for seat in range(batch)]
         order = orders(engine, rows, batch)
         arguments = (order, np.int32(steps), runner._all_allowed[batch])
+        # Of the samplers the least, which is all that greedy requests ask for.
+        program = runner._decode[min(runner._decode)]
 
         sampling = SamplingParams(temperature=0, max_tokens=self.room(), ignore_eos=True)
         for number in range(batch):
@@ -144,11 +139,11 @@ class Model:
 
         def run() -> float:
             params, cache, seats, outputs = runner._params, runner._cache, again(seated), None
-            cache, seats, outputs = runner._decode(params, cache, seats, *arguments)  # Wakes what has gone cold.
+            cache, seats, outputs = program(params, cache, seats, *arguments)  # Wakes what has gone cold.
             jax.block_until_ready((cache, seats))
             began = time.perf_counter()
             for _ in range(LAUNCHES):
-                cache, seats, outputs = runner._decode(params, cache, seats, *arguments)
+                cache, seats, outputs = program(params, cache, seats, *arguments)
             jax.block_until_ready(outputs)
             took = time.perf_counter() - began
             runner._cache, runner._seats = cache, seats
@@ -194,13 +189,16 @@ class Model:
 
 def engine_config(part: Part, config: Any) -> Any:
     """Buckets of exactly the shapes that are measured, and as many pages as they need or as there is room for."""
+    import jax
+
     from fusedllm.engine.config import EngineConfig
 
     scale = part.scale
     room = 6 * scale.steps + 2 * PAGE_SIZE
     longest = max(*scale.contexts, *scale.prefill) + room
     wanted = max(max(scale.contexts) * max(scale.batches) + max(scale.batches) * room, longest)
-    return EngineConfig(
+    return EngineConfig.suited(
+        jax.default_backend(),
         max_context=-(-longest // PAGE_SIZE) * PAGE_SIZE,
         page_size=PAGE_SIZE,
         cache_tokens=max(min(wanted, cache_room(config)), longest + PAGE_SIZE),
