@@ -13,9 +13,11 @@ from jax.sharding import PartitionSpec
 from packing import NAMES, blocks, grouped, raw
 from sharding_peer import CONFIG
 
+from fusedllm.cli.main import main
 from fusedllm.engine.config import EngineConfig
+from fusedllm.engine.lockstep import Lockstep
 from fusedllm.engine.replicas import least_loaded, share_of
-from fusedllm.errors import ShardingError
+from fusedllm.errors import RequestError, ShardingError
 from fusedllm.model.params import describe, specs
 from fusedllm.partition.sharded import GATHERED, SUMMED
 from fusedllm.sharding.cut import piece
@@ -236,3 +238,28 @@ def test_a_request_goes_where_the_fewest_are():
 def test_processes_that_can_not_join_say_why(arguments, message):
     with pytest.raises(ShardingError, match=message):
         connect(*arguments)
+
+
+TWO = ("--coordinator", "a:1", "--processes", "2", "--process-id", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--mesh", "tp=2", "--processes", "2"), "need --coordinator, --processes and --process-id"),
+        (("perplexity", "--text", __file__, *TWO), "several processes share a --mesh"),
+        (("serve", "--mesh", "tp=2", *TWO), "requests come to one process"),
+        (("generate", "--mesh", "pp=2", "--random-weights"), "the axis 'pp'"),
+    ],
+)
+def test_the_command_line_says_what_a_mesh_lacks(arguments, message, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_several_processes_have_no_engine_in_a_thread(tiny_llm, monkeypatch):
+    monkeypatch.setattr(tiny_llm.engine, "_lockstep", Lockstep(1))
+    with pytest.raises(RequestError, match="answers who waits for it, not in a thread"):
+        tiny_llm.engine.start()
