@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from packing import NAMES, blocks, grouped, raw
+from reference import tiny
 from sharding_peer import CONFIG
 
+from fusedllm.cli.main import main
 from fusedllm.engine.config import EngineConfig
+from fusedllm.engine.lockstep import Lockstep
 from fusedllm.engine.replicas import least_loaded, share_of
-from fusedllm.errors import ShardingError
+from fusedllm.errors import RequestError, ShardingError
 from fusedllm.model.params import describe, specs
 from fusedllm.partition.sharded import GATHERED, SUMMED
 from fusedllm.sharding.cut import piece
@@ -23,6 +26,7 @@ from fusedllm.sharding.layout import lay_out
 from fusedllm.sharding.mesh import MeshShape, check_model, grid_of, parse_mesh
 from fusedllm.sharding.processes import connect
 from fusedllm.sharding.rules import CACHE_AXES, RULES, spec_of
+from fusedllm.sizing import CacheSize, fitting_engine
 
 
 @given(tp=st.integers(1, 10**6 - 1), dp=st.integers(1, 10**6 - 1))
@@ -236,3 +240,40 @@ def test_a_request_goes_where_the_fewest_are():
 def test_processes_that_can_not_join_say_why(arguments, message):
     with pytest.raises(ShardingError, match=message):
         connect(*arguments)
+
+
+TWO = ("--coordinator", "a:1", "--processes", "2", "--process-id", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--mesh", "tp=2", "--processes", "2"), "need --coordinator, --processes and --process-id"),
+        (("perplexity", "--text", __file__, *TWO), "several processes share a --mesh"),
+        (("serve", "--mesh", "tp=2", *TWO), "requests come to one process"),
+        (("generate", "--mesh", "pp=2", "--random-weights"), "the axis 'pp'"),
+    ],
+)
+def test_the_command_line_says_what_a_mesh_lacks(arguments, message, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_several_processes_have_no_engine_in_a_thread(tiny_llm, monkeypatch):
+    monkeypatch.setattr(tiny_llm.engine, "_lockstep", Lockstep(1))
+    with pytest.raises(RequestError, match="answers who waits for it, not in a thread"):
+        tiny_llm.engine.start()
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(None, 4 * 64), (300, 300), (301, 302)])
+def test_a_server_sizes_the_cache_of_all_groups_together(tokens, expected, tmp_path):
+    path = tiny.write("llama3", tmp_path)
+    sizes = {"batch_buckets": (1, 2, 4), "token_budget": 0, "max_context": 64}
+    _, engine = fitting_engine(path, CacheSize(tokens=tokens), **sizes, mesh="dp=2")
+    assert engine.cache_tokens == expected
+    assert share_of(engine, 2).cache_tokens * 2 == expected
+    with pytest.raises(RequestError, match="a request of 64 tokens needs"):
+        # For each of the groups half of it.
+        fitting_engine(path, CacheSize(tokens=100), **sizes, mesh="dp=2")

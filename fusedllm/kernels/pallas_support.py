@@ -213,6 +213,8 @@ def why_not_some_tokens(x: jax.Array, weight: jax.Array | QuantArray) -> str | N
     if isinstance(weight, QuantArray) or weight.dtype != x.dtype:
         kind = weight.scheme.name if isinstance(weight, QuantArray) else weight.dtype
         return f"it takes plain weights in {x.dtype}, got {kind}"
+    if not interprets() and compute_capability() is None:
+        return "it takes more shared memory than GPUs have that are not NVIDIA's"
     # Matrix units round float32.
     if x.dtype.name not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, got {x.dtype}"

@@ -27,7 +27,7 @@ class Tile:
 
     Attributes:
       rows: of each weight.
-      columns: of them in one dot.
+      columns: of them in one dot; where there are two weights, half as many.
       warps: of the program.
       stages: dots whose operands are under way at a time.
     """
@@ -41,8 +41,9 @@ class Tile:
 # Reasoned, not measured. 16 rows are the fewest of a matrix unit, and make 128 programs of a 2048 x 2048 weight, for
 # the 132 processors of an H200; each has to have 25 KB under way: four of its five stages have 8 KB of
 # weights each. Higher weights have enough programs of twice as many rows, which read the activations half as often.
+# What is under way has to fit the 99 KB that processors of the smallest GPUs (compute capability 8.6) have for it.
 TILES = (
-    Tile(rows=32, columns=256, warps=4, stages=4),
+    Tile(rows=32, columns=256, warps=4, stages=5),
     Tile(rows=16, columns=256, warps=4, stages=5),
 )
 
@@ -99,10 +100,10 @@ def tiles_triton(
 
 
 def _multiply(tile: Tile, x: Any, weights: Any, offsets: Any, result: Any, rows: Span) -> None:
-    tokens = Span(0, TOKENS)
+    tokens, wide = Span(0, TOKENS), tile.columns // len(weights)
 
     def turn(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        columns = Span(index, tile.columns)
+        columns = Span(index, wide)
         right = load(x, tokens, columns)
         return tuple(
             total
@@ -113,7 +114,7 @@ def _multiply(tile: Tile, x: Any, weights: Any, offsets: Any, result: Any, rows:
         )
 
     nothing = tuple(jnp.zeros((tile.rows, TOKENS), jnp.float32) for _ in weights)
-    made = list(jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.columns), turn, nothing))
+    made = list(jax.lax.fori_loop(0, pl.cdiv(x.shape[1], wide), turn, nothing))
     place = rows.numbers()
     there = place < result.shape[1]
     for at, offset in enumerate(offsets):
