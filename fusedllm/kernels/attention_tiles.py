@@ -20,8 +20,9 @@ from jax.experimental.pallas import triton
 
 from fusedllm.kernels import e4m3
 from fusedllm.kernels.attention import MASKED
+from fusedllm.kernels.attention_support import multiplied_in, power_of_two
 from fusedllm.kernels.linear_triton import as_terms
-from fusedllm.kernels.pallas_support import compute_capability, interprets, multiplied_in, power_of_two
+from fusedllm.kernels.pallas_support import compute_capability, interprets
 from fusedllm.kernels.triton_tiles import from_float8, iota
 
 # NVIDIA's GPUs have instructions that read float8 from here on (Ada).
