@@ -13,6 +13,7 @@ from conftest import TINY
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
+from fusedllm.kernels.attention_support import multiplied_in
 from fusedllm.kernels.attention_tiles import Layout
 from fusedllm.kernels.attention_triton import TILES, WIDE_TILES, attention_triton
 from fusedllm.kernels.attention_triton import Plan as PrefillPlan
@@ -20,7 +21,7 @@ from fusedllm.kernels.cached_attention import cached_attention
 from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.decode_attention_triton import BLOCKS, WIDE_BLOCKS, decode_attention_triton
 from fusedllm.kernels.decode_attention_triton import Plan as DecodePlan
-from fusedllm.kernels.pallas_support import interpreting, multiplied_in
+from fusedllm.kernels.pallas_support import interpreting
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 from fusedllm.kernels.rotation_tiles import MOST_TOKENS_APART

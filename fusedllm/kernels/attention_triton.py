@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from fusedllm.kernels.attention_support import power_of_two
 from fusedllm.kernels.attention_tiles import Keys, Layout, nothing_seen, weighted
-from fusedllm.kernels.pallas_support import power_of_two
 from fusedllm.kernels.triton_tiles import iota, launch
 
 

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
+from fusedllm.kernels.attention_support import why_not_attention
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, to_e4m3
-from fusedllm.kernels.pallas_support import interprets, why_not_attention, why_not_attention_mosaic
+from fusedllm.kernels.pallas_support import interprets, why_not_attention_mosaic
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.write_pages import write_pages
 

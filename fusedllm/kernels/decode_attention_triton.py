@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fusedllm.kernels.attention import MASKED
+from fusedllm.kernels.attention_support import power_of_two
 from fusedllm.kernels.attention_tiles import Keys, Layout, State, from_held, nothing_seen, weighted
-from fusedllm.kernels.pallas_support import power_of_two
 from fusedllm.kernels.rotation_tiles import Held, Rotation, load, places, together, write
 from fusedllm.kernels.triton_tiles import iota, launch
 
