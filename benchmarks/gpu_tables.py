@@ -25,7 +25,7 @@ OPERATIONS = ("attention", "linear", "ring_linear")
 PRODUCTS = ("linear", "norm_linear", "norm_swiglu")
 # By which a row is chosen.
 KEYS = ("up_to", "width")
-# If so many variants of a row change nothing of a program, it is not the program's row.
+# If the first so many variants of a row change nothing of a program, it is not the program's row.
 UNUSED = 3
 
 LOWERINGS = ("triton", "mosaic")
@@ -162,7 +162,8 @@ def _vary(part: Part, clock: Clock, case: Case, table: Table) -> None:
 def _used(part: Part, case: Case, table: Table, at: int, operands: Any, usual: str) -> Iterator[tuple[str, Any]]:
     """The variants of row `at` that change the case's program, lowered; none where it is another row's."""
     same = 0
-    for change, other in variants(table.rows[at]):
+    variants_of_row = list(variants(table.rows[at]))
+    for change, other in variants_of_row:
         with replaced(table, at, other):
             try:
                 program = lowered(case, table.lowering, operands)
@@ -170,6 +171,7 @@ def _used(part: Part, case: Case, table: Table, at: int, operands: Any, usual: s
                 part.skip(f"{table.title}, {case.operation}, {case.name}, {change}", reason(error))
                 continue
         if program.as_text() != usual:
+            same = -len(variants_of_row)
             yield change, program
             continue
         same += 1

@@ -17,6 +17,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu
+import gpu_compile
 import gpu_floors
 import gpu_goals
 import gpu_hlo
@@ -301,3 +302,43 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     whole, step = program.count(), program.largest_loop()
     assert (whole.kernels, whole.copies) == (4, [32])
     assert (step.kernels, step.copies) == (2, [32])
+
+
+def test_targets_say_which_chip_they_are():
+    found = {
+        name: gpu_compile.capability(path.read_text(encoding="utf-8")) for name, path in gpu_compile.TARGETS.items()
+    }
+    assert found == {"h200": 9.0, "a100": 8.0}
+    # A chip that can be compiled for has a row in the table of floors, of the same bandwidth.
+    for name, path in gpu_compile.TARGETS.items():
+        assert f"memory_bandwidth: {gpu_floors.CHIPS[name].bandwidth:.0f}\n" in path.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="no cuda_compute_capability"):
+        gpu_compile.capability("gpu_device_info {}")
+
+
+def test_what_ptxas_says_of_kernels_is_read():
+    said = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_90a'
+ptxas info    : Function properties for first
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 2048 bytes smem
+ptxas info    : Compiling entry function 'second' for 'sm_90a'
+ptxas info    : Function properties for second
+    16 bytes stack frame, 24 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+"""
+    assert gpu_compile._read(said) == [
+        gpu_compile.Kernel("first", 64, 0, 2048),
+        gpu_compile.Kernel("second", 255, 24, 0),
+    ]
+
+
+@pytest.mark.slow
+def test_programs_are_compiled_for_a_gpu_that_is_not_here(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="needs XLA's compiler for CUDA, of the extra `gpu-compile`")
+    path = tmp_path / "compiled.json"
+    command = [sys.executable, "benchmarks/gpu_compile.py", "--ckpt", "smollm2-135m", "--json", str(path)]
+    subprocess.run([*command, "--programs", "decode", "--max-context", "256"], cwd=ROOT, check=True, timeout=600)
+    (found,) = json.loads(path.read_text())["programs"].values()
+    assert found["aliased"] >= found["cache"] > 0
+    assert found["count"]["kernels"] > 30 * found["layer"]["kernels"] > 0
