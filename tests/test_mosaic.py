@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fusedllm.errors import ImplementationError
-from fusedllm.kernels import pallas_support
+from fusedllm.kernels import mosaic_limits, pallas_support
 from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.attention_mosaic import KEYS, Plan, _blocks, _visible, _whole_blocks, attention_mosaic
 from fusedllm.kernels.cached_attention import cached_attention
@@ -217,7 +217,8 @@ def test_a_cache_is_written_and_attended_to():
     given = (q, k, v, jnp.cos(angles), jnp.sin(angles), (k_pages, v_pages), table, starts)
     with interpreting():
         found, pages = cached_attention(*given, implementation="mosaic")
-    wanted, wanted_pages = cached_attention(*given, implementation="xla")
+        _, wanted_pages = cached_attention(*given, implementation="triton")
+    wanted, _ = cached_attention(*given, implementation="xla")
     for held, beside in zip(pages, wanted_pages, strict=True):
         np.testing.assert_array_equal(np.float32(held), np.float32(beside))
     # Weights and values of magnitudes about one, rounded to bfloat16 on both sides.
@@ -398,7 +399,7 @@ def test_a_compiler_that_is_wrong_about_masks_is_refused(monkeypatch, version, r
     versions = type("Versions", (), {"cuda_runtime_get_version": staticmethod(lambda: version)})
     monkeypatch.setattr("jax._src.lib.cuda_versions", versions)
     q, k_pages, v_pages, *_ = operands(CASES[0])
-    reason = pallas_support.why_not_attention_mosaic(q, (k_pages, v_pages))
+    reason = mosaic_limits.why_not_attention_mosaic(q, (k_pages, v_pages))
     assert (reason is not None) == refused
     assert not refused or "12.9.1 is needed" in reason
 

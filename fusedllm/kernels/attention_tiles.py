@@ -20,18 +20,19 @@ from jax.experimental.pallas import triton
 
 from fusedllm.kernels import e4m3
 from fusedllm.kernels.attention import MASKED
-from fusedllm.kernels.linear_triton import terms
+from fusedllm.kernels.attention_support import multiplied_in, power_of_two
+from fusedllm.kernels.linear_triton import as_terms
 from fusedllm.kernels.pallas_support import compute_capability, interprets
 from fusedllm.kernels.triton_tiles import from_float8, iota
-
-# Rows and columns that a matrix unit multiplies at least.
-LEAST_ROWS = 16
 
 # NVIDIA's GPUs have instructions that read float8 from here on (Ada).
 READS_FLOAT8 = 8.9
 
 # Total, sum of weights, and largest score, of each row of a tile.
 State = tuple[jax.Array, jax.Array, jax.Array]
+
+# That, and the pages of the block that is next.
+Carry = tuple[State, jax.Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,13 @@ class Layout:
     @classmethod
     def of(cls, q: jax.Array, pages: tuple[jax.Array, ...], page_table: jax.Array, window: int | None) -> Layout:
         """That of a call."""
-        held = pages[0].dtype
-        wide = q.dtype if held.itemsize == 1 else jnp.promote_types(q.dtype, held)
         return cls(
             group=q.shape[2] // pages[0].shape[1],
             head_dim=q.shape[3],
             page_size=pages[0].shape[2],
             table=page_table.shape[1],
             window=window,
-            wide=np.dtype(wide),
+            wide=multiplied_in(q.dtype, pages[0].dtype),
             scaled=len(pages) == 4,
             native_float8=not interprets() and (compute_capability() or 0) >= READS_FLOAT8,
         )
@@ -99,32 +98,55 @@ class Layout:
         return 0 if self.window is None else jnp.maximum(position - self.window + 1, 0)
 
 
-def power_of_two(least: int) -> int:
-    """The least power of two from `least` on, of which a matrix unit has rows and columns."""
-    return max(LEAST_ROWS, 1 << (least - 1).bit_length())
-
-
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """References to the pages of one KV head of one row: K, V and, where these are scaled, the scales of both."""
+    """The keys and values of one KV head of one row, that a program reads block after block.
+
+    Attributes:
+      layout: of the call.
+      pages: references to K and V and, where these are scaled, to the scales of both.
+      page_table: a reference.
+      row: of the batch.
+      head: of K and V.
+      count: positions in a block.
+      bounds: the first position that is read, and the one behind the last; no number that lies elsewhere matters.
+    """
 
     layout: Layout
     pages: tuple[Any, ...]
     page_table: Any
     row: Any
     head: Any
+    count: int
+    bounds: tuple[Any, Any]
 
-    def visit(self, q: jax.Array, state: State, index: Any, count: int, bounds: Any, visible: Any) -> State:
-        """`state` after the keys `index * count` to `(index + 1) * count - 1`.
+    def loop(self, q: jax.Array, carry: Carry, blocks: tuple[Any, Any], visible: Any) -> Carry:
+        """`carry` after the blocks from the first of `blocks` to the one before the second.
 
-        `bounds` are the positions of which there are keys: those below and from there on are not read, and no number
-        that lies there matters; `None` if all are within. `visible` says of the keys' positions `[1, count]` what rows
-        see them, and may be `None` too.
+        `visible` says which of the keys at positions `[1, count]` rows see; `None` stands for all, and that all are
+        within `bounds`.
         """
+
+        def visit(index: Any, carry: Carry) -> Carry:
+            state, pages = carry
+            # Asked for a turn ahead: with a load that waits for another one's answer Triton keeps fewer under way.
+            following = self.pages_of(index + 1)
+            return self._visit(q, state, pages, index, visible), following
+
+        return jax.lax.fori_loop(*blocks, visit, carry)
+
+    def pages_of(self, index: Any) -> jax.Array:
+        """The pages that hold the positions of block `index`, int32 `[count]`."""
+        position = index * self.count + iota(self.count)
+        return _load(self.page_table, (self.row, jax.lax.div(position, self.layout.page_size)), self._there(position))
+
+    def _there(self, position: jax.Array) -> jax.Array:
+        return (position >= self.bounds[0]) & (position < self.bounds[1])
+
+    def _visit(self, q: jax.Array, state: State, pages: jax.Array, index: Any, visible: Any) -> State:
         layout = self.layout
-        position = index * count + iota(count)
-        there = None if bounds is None else (position >= bounds[0]) & (position < bounds[1])
-        pages = _load(self.page_table, (self.row, jax.lax.div(position, layout.page_size)), there)
+        position = index * self.count + iota(self.count)
+        there = None if visible is None else self._there(position)
         place = (pages, self.head, jax.lax.rem(position, layout.page_size))
         scales = [_load(held, place, there) for held in self.pages[2:]]
         scores = product(q, self._numbers(0, place, there), layout.wide, 1)
@@ -176,7 +198,7 @@ def product(left: jax.Array, right: jax.Array, wide: np.dtype, contracted: int) 
 
     float32 are three bfloat16 each; of their products those that are as small as its last bit are left out.
     """
-    parts = [terms(x, wide, 3) for x in (left, right)]
+    parts = [as_terms(x, wide, 3) for x in (left, right)]
     pairs = [(i, j) for i in range(len(parts[0])) for j in range(len(parts[1])) if i + j < 3]
     products = [
         jax.lax.dot_general(

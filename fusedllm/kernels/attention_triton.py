@@ -1,4 +1,4 @@
-"""`paged_attention` with Pallas: FlashAttention over pages, a tile of queries and the heads that share keys at a time."""
+"""`paged_attention` with Pallas: FlashAttention over pages, for a tile of queries and heads at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from fusedllm.kernels.attention_tiles import Keys, Layout, State, nothing_seen, power_of_two, weighted
+from fusedllm.kernels.attention_support import power_of_two
+from fusedllm.kernels.attention_tiles import Keys, Layout, nothing_seen, weighted
 from fusedllm.kernels.triton_tiles import iota, launch
 
 
@@ -34,9 +35,9 @@ class Tiles:
     stages: int
 
 
-# Reasoned, not measured. Hopper's matrix unit takes 64 rows from four warps, and two groups of warps hide the softmax of
-# one behind the products of the other. What a row sums up must stay in registers beside its scores, and keys and values
-# under way in shared memory (160 KiB on an A100).
+# Reasoned, not measured. Hopper's matrix unit takes 64 rows of four warps. What a row sums up stays in registers beside
+# its scores, of which a thread has 255, and queries and the keys and values under way are in shared memory: 129 KiB at
+# most of Hopper's 227, and 97 on other GPUs, where there are 99 at least.
 TILES = (
     Tiles(width=64, rows=128, keys=64, warps=4, stages=3),
     Tiles(width=128, rows=128, keys=64, warps=8, stages=3),
@@ -47,7 +48,7 @@ TILES = (
 WIDE_TILES = (
     Tiles(width=64, rows=64, keys=32, warps=4, stages=2),
     Tiles(width=128, rows=32, keys=32, warps=4, stages=2),
-    Tiles(width=256, rows=16, keys=32, warps=4, stages=1),
+    Tiles(width=256, rows=16, keys=16, warps=4, stages=1),
 )
 
 
@@ -90,7 +91,7 @@ def attention_triton(
     """What `paged_attention` says, for what `why_not_attention` has nothing against; of `layout`."""
     batch, seq = q.shape[:2]
     plan = Plan.of(batch, seq, pages[0].shape[1], layout)
-    kernel = functools.partial(_tile, layout=layout, plan=plan)
+    kernel = functools.partial(attention_tile, layout=layout, plan=plan)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     operands = (q, page_table.astype(jnp.int32), start.astype(jnp.int32), *pages)
     warps, stages = plan.tiles.warps, plan.tiles.stages
@@ -98,7 +99,8 @@ def attention_triton(
     return mixed
 
 
-def _tile(*refs: Any, layout: Layout, plan: Plan) -> None:
+def attention_tile(*refs: Any, layout: Layout, plan: Plan) -> None:
+    """Some queries of the heads that share one KV head."""
     q, page_table, start, *pages, out = refs
     head, row = pl.program_id(0), pl.program_id(1)
     # Those that see most begin first, and others fill what is left of the device when they end.
@@ -126,21 +128,15 @@ def _tile(*refs: Any, layout: Layout, plan: Plan) -> None:
     whole_end = jnp.minimum(jax.lax.div(jnp.minimum(first + 1, bounds[1]), count), blocks[1])
     whole_begin = jnp.minimum(pl.cdiv(layout.first_seen(last), count), blocks[1])
     whole_end = jnp.maximum(whole_begin, whole_end)
-    keys = Keys(layout, tuple(pages), page_table, row, head)
+    keys = Keys(layout, tuple(pages), page_table, row, head, count, bounds)
 
     def visible(key: jax.Array) -> jax.Array:
         past = key <= position[:, None]
         return past if layout.window is None else past & (key > position[:, None] - layout.window)
 
-    def some(index: Any, state: State) -> State:
-        return keys.visit(queries, state, index, count, bounds, visible)
-
-    def whole(index: Any, state: State) -> State:
-        return keys.visit(queries, state, index, count, None, None)
-
-    state = nothing_seen(plan.rows, layout.width)
+    carry = nothing_seen(plan.rows, layout.width), keys.pages_of(blocks[0])
     if layout.window is not None:
-        state = jax.lax.fori_loop(blocks[0], whole_begin, some, state)
-    state = jax.lax.fori_loop(whole_begin, whole_end, whole, state)
-    state = jax.lax.fori_loop(whole_end, blocks[1], some, state)
+        carry = keys.loop(queries, carry, (blocks[0], whole_begin), visible)
+    carry = keys.loop(queries, carry, (whole_begin, whole_end), None)
+    state, _ = keys.loop(queries, carry, (whole_end, blocks[1]), visible)
     triton.store(out.at[place], weighted(state).astype(out.dtype), mask=mask)

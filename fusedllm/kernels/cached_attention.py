@@ -9,9 +9,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
+from fusedllm.kernels.attention_support import why_not_attention
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, to_e4m3
-from fusedllm.kernels.pallas_support import interprets, why_not_attention, why_not_attention_mosaic
+from fusedllm.kernels.mosaic_limits import why_not_attention_mosaic
+from fusedllm.kernels.pallas_support import interprets
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.write_pages import write_pages
 
@@ -49,9 +51,9 @@ def cached_attention(
     `start`.
 
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
-    and refuses positions below zero and pages that the cache does not have when it runs. `"triton"` does all of this in
-    one or two kernels for a single new position, in place and with nothing in the null page, and for more it attends
-    alone. `"mosaic"` attends alone, and leaves what it can't take to `"triton"` where nothing was asked for.
+    and refuses positions below zero and pages that the cache does not have when it runs. So does `"triton"`, but
+    that it refuses nothing; it is one kernel or two. `"mosaic"` writes as `"triton"` does, and leaves what it can't
+    take to it where nothing was asked for.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
@@ -83,7 +85,6 @@ def _cached_attention_xla(
     start: jax.Array,
     window: int | None,
     strict: bool,
-    attention: str = "xla",
 ) -> tuple[jax.Array, Pages]:
     del strict
     # Wide, so that a key is rounded once.
@@ -103,7 +104,7 @@ def _cached_attention_xla(
         start,
         scales=tuple(scales) or None,
         window=window,
-        implementation=attention,
+        implementation="xla",
     )
     return mixed, pages
 
@@ -135,14 +136,17 @@ def _cached_attention_triton(
         if strict:
             raise ImplementationError(f"cached_attention: the implementation 'triton' can't run: {problem}.")
         return _cached_attention_xla(*operands, window, strict)
-    if q.shape[1] > 1:
-        return _cached_attention_xla(*operands, window, strict, attention="triton")
     # They import Pallas: see `pallas_support`.
     from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.attention_triton import attention_triton
     from fusedllm.kernels.decode_attention_triton import decode_attention_triton
+    from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 
-    layout = Layout.of(q, pages, page_table, window)
-    return decode_attention_triton(*operands, layout=layout, interpret=interprets())
+    call = {"layout": Layout.of(q, pages, page_table, window), "interpret": interprets()}
+    if q.shape[1] == 1:
+        return decode_attention_triton(*operands, **call)
+    q, pages = rotate_and_write_triton(*operands, **call)
+    return attention_triton(q, pages, page_table, start, **call), pages
 
 
 def _cached_attention_mosaic(
@@ -158,11 +162,18 @@ def _cached_attention_mosaic(
     strict: bool,
 ) -> tuple[jax.Array, Pages]:
     operands = (q, k, v, cos, sin, pages, page_table, start)
-    if (problem := why_not_attention_mosaic(q, pages)) is None:
-        return _cached_attention_xla(*operands, window, strict, attention="mosaic")
-    if strict:
-        raise ImplementationError(f"cached_attention: the implementation 'mosaic' can't run: {problem}.")
-    return _cached_attention_triton(*operands, window, strict)
+    if problem := why_not_attention_mosaic(q, pages):
+        if strict:
+            raise ImplementationError(f"cached_attention: the implementation 'mosaic' can't run: {problem}.")
+        return _cached_attention_triton(*operands, window, strict)
+    # They import Pallas: see `pallas_support`.
+    from fusedllm.kernels.attention_mosaic import attention_mosaic
+    from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
+
+    layout = Layout.of(q, pages, page_table, window)
+    q, pages = rotate_and_write_triton(*operands, layout=layout, interpret=interprets())
+    return attention_mosaic(q, *pages, page_table, start, window, interprets()), pages
 
 
 def _cached_attention_ffi(

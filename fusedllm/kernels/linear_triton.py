@@ -163,8 +163,8 @@ def _product_tile(*refs: Any, scheme: GroupedScheme, plan: Plan) -> None:
         terms = [
             jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=total)
             for plane, codes in enumerate(_planes(values, zeros, scheme, rows, columns, plan.planes))
-            for left in terms(codes, x.dtype, 1 if zeros is None else 2)
-            for right in terms(_plane(x, tokens, columns, plan.planes, plane), x.dtype, 3)
+            for left in as_terms(codes, x.dtype, 1 if zeros is None else 2)
+            for right in as_terms(_plane(x, tokens, columns, plan.planes, plane), x.dtype, 3)
         ]
         product = functools.reduce(operator.add, terms)
         if scheme.group_size:
@@ -224,7 +224,7 @@ def _planes(
             yield plane
 
 
-def terms(x: jax.Array, dtype: Any, count: int) -> list[jax.Array]:
+def as_terms(x: jax.Array, dtype: Any, count: int) -> list[jax.Array]:
     """`x` as operands of a matrix unit, for activations in `dtype`: numbers that add up to it.
 
     Matrix units multiply float32 only after rounding it to TF32's eleven bits; three bfloat16 add up to a float32, and
