@@ -210,10 +210,11 @@ def test_blocks_of_keys_hold_all_that_is_seen_and_whole_ones_nothing_else():
 
 
 def test_a_cache_is_written_and_attended_to():
-    case = Case(64, (70,), heads=2, table=9)
+    # A chunk begins with a page.
+    case = Case(64, (64,), heads=2, table=9)
     q, k_pages, v_pages, table, starts = operands(case)
     k, v = (operands(case, seed)[0][:, :, :1] for seed in (1, 2))
-    angles = np.outer(np.arange(70, 134), 10.0 ** -np.arange(0, 4, 4 / 32))[None]
+    angles = np.outer(np.arange(64, 128), 10.0 ** -np.arange(0, 4, 4 / 32))[None]
     given = (q, k, v, jnp.cos(angles), jnp.sin(angles), (k_pages, v_pages), table, starts)
     with interpreting():
         found, pages = cached_attention(*given, implementation="mosaic")
