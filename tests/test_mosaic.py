@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from fusedllm.errors import ImplementationError
-from fusedllm.kernels import pallas_support
+from fusedllm.kernels import mosaic_limits, pallas_support
 from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.attention_mosaic import KEYS, Plan, _blocks, _visible, _whole_blocks, attention_mosaic
 from fusedllm.kernels.cached_attention import cached_attention
@@ -31,7 +30,7 @@ from fusedllm.quant.schemes import SCHEMES
 # jax says so from 0.11 on, whatever the kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
-# Half of the last bit's step of a number.
+# Half of the last bit's step, of a number just above a power of two.
 HALF_STEP = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 # How long a kernel may take in a process of its own before it hangs; compiling takes some seconds.
@@ -58,10 +57,11 @@ CASES = (
     Case(64, (5,), table=9),
     # Rows of different lengths, tiles with empty queries, two kv heads.
     Case(70, (5, 100), heads=4, kv_heads=2),
-    # Heads that are not divided among workers, more turns than stages, smallest pages.
-    Case(129, (511,), page_size=8, table=80, dtype="float16"),
-    # A window that begins and ends inside of blocks, and one that leaves out blocks; three heads of a group.
-    Case(130, (300,), heads=3, table=28, window=140),
+    # More turns than stages, smallest pages.
+    Case(65, (511,), page_size=8, table=72, dtype="float16"),
+    # A window that begins and ends inside of blocks, and heads that are not divided among workers; one that leaves out
+    # blocks.
+    Case(130, (300,), heads=1, table=28, window=140),
     Case(64, (400,), table=30, window=40),
     # Pages larger than a block, wide heads, fewer turns than stages.
     Case(100, (200,), head_dim=128, page_size=256, table=2, dtype="float16"),
@@ -132,7 +132,7 @@ def check_attention(case: Case) -> None:
     step = HALF_STEP[case.dtype]
     # A weight is rounded once, and the result; exponentials are approximate to a few of float32's last bits, for which
     # a rounding more is much. Scores of float32 are off by less than that too.
-    slack = 3 * step * magnitude + step * np.abs(wanted)
+    slack = 1.1 * step * magnitude + 1.1 * step * np.abs(wanted)
     known = np.asarray(case.starts)[:, None] + np.arange(case.seq) < case.table * case.page_size
     assert (np.abs(found - wanted) <= slack)[known].all()
     # The twin rounds in the same places.
@@ -141,25 +141,31 @@ def check_attention(case: Case) -> None:
 
 @pytest.fixture(autouse=True)
 def warpgroups_are_compiled_once(monkeypatch):
-    """jax 0.10 compiles what it interprets again for each warpgroup and each program of the grid."""
+    """jax 0.10 compiles what it interprets again for each warpgroup and each program of the grid, and inside of a
+    callback, where a compiler may wait for threads that wait for the callback.
+    """
     if jax.__version_info__ >= (0, 11):
         return
     from jax._src.pallas.mosaic.interpret import thread_map
 
-    compiled, lock = {}, threading.Lock()
+    call, compiled = thread_map._call_threadmap_callback, {}
 
-    def run(jaxpr, consts, *arguments):
-        with lock:
-            if id(jaxpr) not in compiled:
-                function = jax.jit(lambda consts, *arguments: jax.core.eval_jaxpr(jaxpr, consts, *arguments) and None)
-                # With the jaxpr, whose id would else be another's.
-                compiled[id(jaxpr)] = (
-                    function.trace(consts, *arguments).lower().compile({"xla_backend_optimization_level": 0}),
-                    jaxpr,
-                )
-        compiled[id(jaxpr)][0](consts, *arguments)
+    def compile_and_call(token, device, jaxpr, *others):
+        def run(consts, *arguments):
+            jax.core.eval_jaxpr(jaxpr, consts, *arguments)
 
-    monkeypatch.setattr(thread_map, "_run_jaxpr", run)
+        consts, arguments = (
+            [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs] for vs in (jaxpr.constvars, jaxpr.invars)
+        )
+        program = jax.jit(run).trace(consts, *arguments).lower().compile({"xla_backend_optimization_level": 0})
+        # With the jaxpr, whose id would else be another's.
+        compiled[id(jaxpr)] = program, jaxpr
+        return call(token, device, jaxpr, *others)
+
+    monkeypatch.setattr(thread_map, "_call_threadmap_callback", compile_and_call)
+    monkeypatch.setattr(thread_map, "_run_jaxpr", lambda jaxpr, *operands: compiled[id(jaxpr)][0](*operands))
+    # What an earlier test traced was compiled for that test.
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -204,14 +210,16 @@ def test_blocks_of_keys_hold_all_that_is_seen_and_whole_ones_nothing_else():
 
 
 def test_a_cache_is_written_and_attended_to():
-    case = Case(64, (70,), heads=2, table=9)
+    # A chunk begins with a page.
+    case = Case(64, (64,), heads=2, table=9)
     q, k_pages, v_pages, table, starts = operands(case)
     k, v = (operands(case, seed)[0][:, :, :1] for seed in (1, 2))
-    angles = np.outer(np.arange(70, 134), 10.0 ** -np.arange(0, 4, 4 / 32))[None]
+    angles = np.outer(np.arange(64, 128), 10.0 ** -np.arange(0, 4, 4 / 32))[None]
     given = (q, k, v, jnp.cos(angles), jnp.sin(angles), (k_pages, v_pages), table, starts)
     with interpreting():
         found, pages = cached_attention(*given, implementation="mosaic")
-    wanted, wanted_pages = cached_attention(*given, implementation="xla")
+        _, wanted_pages = cached_attention(*given, implementation="triton")
+    wanted, _ = cached_attention(*given, implementation="xla")
     for held, beside in zip(pages, wanted_pages, strict=True):
         np.testing.assert_array_equal(np.float32(held), np.float32(beside))
     # Weights and values of magnitudes about one, rounded to bfloat16 on both sides.
@@ -256,7 +264,6 @@ MULTIPLIED = (
     (GroupedScheme("int4-g64", 4, 64, symmetric=False), 384, "bfloat16"),
     (GroupedScheme("int4-g128-sym", 4, 128), 512, "float16"),
     (GroupedScheme("int4-g256", 4, 256, symmetric=False), 896, "float16"),
-    (GroupedScheme("int8-g128", 8, 128), 768, "bfloat16"),
 )
 SCHEME_NAMES = ("int8", "int8-g64", "int8-g128", "int4-g64", "int4-g128", "int4-g64-sym", "int4-g128-sym")
 # Of llama-1b: k and v, q and o, gate and up, down.
@@ -297,7 +304,6 @@ def test_products_are_those_of_the_decoded_weights(scheme, width, dtype):
 
 def test_a_program_of_many_rows_multiplies_two_blocks_of_them(monkeypatch):
     monkeypatch.setattr("fusedllm.kernels.linear_mosaic.PROGRAMS", 1)
-    jax.clear_caches()
     with interpreting():
         check_product(GroupedScheme("int4-g64", 4, 64, symmetric=False), (256, 128), 128, "bfloat16")
     jax.clear_caches()
@@ -348,8 +354,11 @@ def test_weights_of_one_call_go_to_the_kernels_that_take_them():
     assert program.count("custom_call @mosaic_gpu") == program.count("gpu.triton") == 1
 
 
-@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("int8", shape) for shape in WEIGHTS] + [(name, WEIGHTS[2]) for name in SCHEME_NAMES if name != "int8"],
+    ids=str,
+)
 def test_products_are_lowered_for_a_hopper(name, shape):
     weight = jax.eval_shape(lambda: random_codes(SCHEMES[name], shape, 0))
     x = jax.ShapeDtypeStruct((1024, shape[1]), jnp.bfloat16)
@@ -365,7 +374,7 @@ def lowered(function, *arguments):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=str)
 def test_attention_is_lowered_for_a_hopper(case):
     """To instructions of NVIDIA's compiler, which is not asked."""
     given = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(case)]
@@ -391,7 +400,7 @@ def test_a_compiler_that_is_wrong_about_masks_is_refused(monkeypatch, version, r
     versions = type("Versions", (), {"cuda_runtime_get_version": staticmethod(lambda: version)})
     monkeypatch.setattr("jax._src.lib.cuda_versions", versions)
     q, k_pages, v_pages, *_ = operands(CASES[0])
-    reason = pallas_support.why_not_attention_mosaic(q, (k_pages, v_pages))
+    reason = mosaic_limits.why_not_attention_mosaic(q, (k_pages, v_pages))
     assert (reason is not None) == refused
     assert not refused or "12.9.1 is needed" in reason
 

@@ -18,10 +18,11 @@ from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.dequantize import dequantize
 from fusedllm.kernels.few_tokens_plan import Kind, Plan, cut
+from fusedllm.kernels.few_tokens_support import MOST_FEW_TOKENS, MOST_SOME_TOKENS
 from fusedllm.kernels.few_tokens_triton import products_triton
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.norm_linear import norm_linear, norm_swiglu
-from fusedllm.kernels.pallas_support import MOST_FEW_TOKENS, MOST_SOME_TOKENS, interpreting
+from fusedllm.kernels.pallas_support import interpreting
 from fusedllm.kernels.quantize import quantize
 from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.kernels.rms_norm_triton import norm_triton

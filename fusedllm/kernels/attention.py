@@ -13,7 +13,8 @@ from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention_support import why_not_attention
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, from_e4m3
-from fusedllm.kernels.pallas_support import interprets, why_not_attention_mosaic
+from fusedllm.kernels.mosaic_limits import why_not_attention_mosaic
+from fusedllm.kernels.pallas_support import interprets
 
 # Queries and keys are visited in blocks of so many positions, so that scores take no more than their product per head,
 # and keys in the future of a whole block of queries are not read. On a CPU 128 queries were 4 % faster than 256 in a

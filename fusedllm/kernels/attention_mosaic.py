@@ -103,7 +103,7 @@ def attention_mosaic(
     window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """What `paged_attention` returns, for operands that `why_not_pages_mosaic` has nothing against."""
+    """What `paged_attention` returns, for operands that `why_not_attention_mosaic` has nothing against."""
     plan = Plan.of(q, k_pages, page_table, window)
     batch, _, heads, head_dim = q.shape
     padded = jnp.pad(q, ((0, 0), (0, plan.tiles * plan.queries - plan.seq), (0, 0), (0, 0)))

@@ -14,7 +14,8 @@ from fusedllm.kernels.attention import paged_attention
 from fusedllm.kernels.attention_support import why_not_attention
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.e4m3 import CODES, to_e4m3
-from fusedllm.kernels.pallas_support import interprets, why_not_attention_mosaic
+from fusedllm.kernels.mosaic_limits import why_not_attention_mosaic
+from fusedllm.kernels.pallas_support import interprets
 from fusedllm.kernels.rotate import rotate
 from fusedllm.kernels.write_pages import write_pages
 
@@ -53,8 +54,8 @@ def cached_attention(
 
     The native implementation (`"ffi"`) updates the cache in place if it is donated, writes nothing to the null page,
     and refuses positions below zero and pages that the cache does not have when it runs. So does `"triton"`, but
-    that it refuses nothing; it is one kernel or two. `"mosaic"` attends alone, and leaves what it can't take to
-    `"triton"` where nothing was asked for.
+    that it refuses nothing; it is one kernel or two. `"mosaic"` writes as `"triton"` does, and leaves what it can't
+    take to it where nothing was asked for.
 
     Raises:
       ImplementationError: `implementation` names one that does not exist, can't run here, or can't take the operands.
@@ -131,7 +132,6 @@ def _cached_attention_triton(
     start: jax.Array,
     window: int | None,
     strict: bool,
-    attention: str = "triton",
 ) -> tuple[jax.Array, Pages]:
     operands = (q, k, v, cos, sin, pages, page_table, start)
     if problem := why_not_attention(q, pages):
@@ -140,6 +140,7 @@ def _cached_attention_triton(
         return _cached_attention_xla(*operands, window, strict)
     # They import Pallas: see `pallas_support`.
     from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.attention_triton import attention_triton
     from fusedllm.kernels.decode_attention_triton import decode_attention_triton
     from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
 
@@ -147,18 +148,7 @@ def _cached_attention_triton(
     if q.shape[1] == 1:
         return decode_attention_triton(*operands, **call)
     q, pages = rotate_and_write_triton(*operands, **call)
-    k_pages, v_pages, *scales = pages
-    mixed = paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        start,
-        scales=tuple(scales) or None,
-        window=window,
-        implementation=attention,
-    )
-    return mixed, pages
+    return attention_triton(q, pages, page_table, start, **call), pages
 
 
 def _cached_attention_mosaic(
@@ -173,12 +163,19 @@ def _cached_attention_mosaic(
     window: int | None,
     strict: bool,
 ) -> tuple[jax.Array, Pages]:
-    problem = why_not_attention_mosaic(q, pages)
-    if problem and strict:
-        raise ImplementationError(f"cached_attention: the implementation 'mosaic' can't run: {problem}.")
-    attention = "triton" if problem else "mosaic"
-    # Which takes all that Mosaic's does, to rotate and write.
-    return _cached_attention_triton(q, k, v, cos, sin, pages, page_table, start, window, strict, attention)
+    operands = (q, k, v, cos, sin, pages, page_table, start)
+    if problem := why_not_attention_mosaic(q, pages):
+        if strict:
+            raise ImplementationError(f"cached_attention: the implementation 'mosaic' can't run: {problem}.")
+        return _cached_attention_triton(*operands, window, strict)
+    # They import Pallas: see `pallas_support`.
+    from fusedllm.kernels.attention_mosaic import attention_mosaic
+    from fusedllm.kernels.attention_tiles import Layout
+    from fusedllm.kernels.rotate_and_write_triton import rotate_and_write_triton
+
+    layout = Layout.of(q, pages, page_table, window)
+    q, pages = rotate_and_write_triton(*operands, layout=layout, interpret=interprets())
+    return attention_mosaic(q, *pages, page_table, start, window, interprets()), pages
 
 
 def _cached_attention_ffi(

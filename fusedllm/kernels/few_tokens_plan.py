@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.pallas import cdiv, next_power_of_2
 
+from fusedllm.kernels.few_tokens_support import MOST_FEW_TOKENS
 from fusedllm.kernels.grouped import GroupedScheme, grouped_scheme
-from fusedllm.kernels.pallas_support import MOST_FEW_TOKENS
 from fusedllm.qarray import QuantArray
 
 

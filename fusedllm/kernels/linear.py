@@ -13,16 +13,12 @@ from jaxtyping import Array, Float
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.choose import choose, platform
+from fusedllm.kernels.few_tokens_support import why_not_few_tokens, why_not_some_tokens
 from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, grouped_scheme, unpack
 from fusedllm.kernels.hadamard import hadamard
+from fusedllm.kernels.mosaic_limits import why_not_linear_mosaic
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
-from fusedllm.kernels.pallas_support import (
-    interprets,
-    why_not_codes,
-    why_not_few_tokens,
-    why_not_linear_mosaic,
-    why_not_some_tokens,
-)
+from fusedllm.kernels.pallas_support import interprets, why_not_codes
 from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 

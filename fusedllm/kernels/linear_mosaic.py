@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 
 from fusedllm.kernels import mosaic_support as support
 from fusedllm.kernels.grouped import GroupedScheme
-from fusedllm.kernels.pallas_support import MOSAIC_DEPTH
+from fusedllm.kernels.mosaic_limits import MOSAIC_DEPTH
 from fusedllm.qarray import QuantArray
 
 # Warpgroups that compute; one more copies.

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fusedllm.kernels.choose import choose
+from fusedllm.kernels.few_tokens_support import why_not_few_tokens, why_not_some_tokens
 from fusedllm.kernels.linear import linear
-from fusedllm.kernels.pallas_support import interprets, why_not_few_tokens, why_not_some_tokens
+from fusedllm.kernels.pallas_support import interprets
 from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.kernels.swiglu import swiglu
 from fusedllm.qarray import QuantArray
