@@ -245,13 +245,8 @@ def test_what_mosaic_can_not_take_is_refused_if_asked_for_and_left_to_triton_if_
     new = q[:, :, :1]
     with interpreting(), pytest.raises(ImplementationError, match=f"cached_attention.* 'mosaic' can't run: .*{reason}"):
         cached_attention(q, new, new, half, half, (k_pages, v_pages), table, starts, implementation="mosaic")
-    with traced_for("gpu", 9.0), pallas_support.automatic_mosaic("paged_attention", "cached_attention"):
-        program = (
-            jax.jit(paged_attention)
-            .trace(q, k_pages, v_pages, table, starts)
-            .lower(lowering_platforms=("cuda",))
-            .as_text()
-        )
+    with pallas_support.automatic_mosaic("paged_attention"):
+        program = lowered(lambda *x: paged_attention(*x), q, k_pages, v_pages, table, starts)
     assert "gpu.triton" in program
     assert "@mosaic_gpu" not in program
 

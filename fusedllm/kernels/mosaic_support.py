@@ -7,7 +7,7 @@ Interpretation runs the warpgroups of one program as threads of the CPU, with sh
 counts, so that a barrier that nobody arrives at is found there. It knows no layouts of registers, and in jax 0.10 no
 products from registers: inside of it `product` multiplies what the shared memory holds with XLA, and layouts are not
 asked for. So what interpretation does not test is the product instruction itself, the layouts, and that the
-asynchronous unit sees what threads wrote before it reads (`committed`).
+asynchronous unit sees what threads wrote before it reads.
 """
 
 from __future__ import annotations
