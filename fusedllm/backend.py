@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from fusedllm.errors import ConfigError, ImplementationError
-from fusedllm.kernels import e4m3, native
-from fusedllm.kernels.choose import PALLAS, platform
+from fusedllm.kernels import e4m3, native, pallas_support
+from fusedllm.kernels.choose import PALLAS, WAYS, platform
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 KV_DTYPES = {**DTYPES, "int8": jnp.int8, "fp8": e4m3.DTYPE}
@@ -51,17 +51,23 @@ def runs_native(implementation: str | None) -> bool:
     Raises:
       ImplementationError: one that does not exist, or one but XLA's was asked for and can't run.
     """
-    if implementation not in (None, "xla", "ffi", "pallas", *PALLAS):
+    if implementation not in (None, "xla", "ffi", *WAYS):
         raise ImplementationError(f"implementation must be xla, ffi, pallas, mosaic or triton, got {implementation!r}.")
-    if implementation in ("pallas", *PALLAS) and platform() == "cpu":
-        raise ImplementationError(
-            f"the implementation {implementation!r} can't run: Pallas has no lowering for the CPU."
-        )
+    if implementation in WAYS:
+        lowering = implementation if implementation in PALLAS else "triton"
+        if problem := pallas_support.why_not_on(platform(), str(lowering)):
+            raise ImplementationError(f"the implementation {implementation!r} can't run: {problem}.")
     if platform() != "cpu" or implementation == "xla":
         return False
     if implementation == "ffi" and (problem := native.why_unavailable()):
         raise ImplementationError(f"the implementation 'ffi' can't run: {problem}.")
     return native.available()
+
+
+def kept_codes(implementation: str | None) -> Literal["codes", False]:
+    """`load_params`'s `keep_quantized` for who wants no more than what the kernels of a GPU read as it is."""
+    reads = platform() == "gpu" and implementation != "xla" and pallas_support.why_not_on("gpu", "triton") is None
+    return "codes" if reads else False
 
 
 def set_threads(threads: int, native_kernels: bool) -> None:

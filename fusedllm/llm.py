@@ -7,7 +7,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,7 @@ from fusedllm.backend import (
     check_activation_bits,
     compute_dtype,
     default_activation_bits,
+    kept_codes,
     runs_native,
     set_threads,
 )
@@ -29,11 +30,12 @@ from fusedllm.engine.replicas import Replicas, share_of
 from fusedllm.engine.results import Completion
 from fusedllm.engine.runner import Runner
 from fusedllm.errors import ContextLengthError, RequestError, TokenizerError
-from fusedllm.kernels.choose import platform, traced_for
+from fusedllm.kernels.choose import WAYS, platform, traced_for
 from fusedllm.model.params import Params
 from fusedllm.partition import policies
 from fusedllm.partition.ledger import Ledger
 from fusedllm.partition.pad_supply import PadReport
+from fusedllm.prompts import Message, Prompt, as_ids, as_prompts
 from fusedllm.sharding.layout import Layout, lay_out
 from fusedllm.stream import Stream
 from fusedllm.text.chat import ChatTemplate
@@ -44,9 +46,6 @@ from fusedllm.weights.load import LoadReport, load_params
 from fusedllm.weights.open import open_checkpoint
 from fusedllm.weights.random import random_checkpoint
 
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
-
 
 def load(
     ckpt: str | Path | pa.Table | Checkpoint = "smollm2-135m",
@@ -55,7 +54,7 @@ def load(
     kv_dtype: str = "auto",
     max_context: int | None = None,
     engine: EngineConfig | None = None,
-    keep_quantized: bool | None = None,
+    keep_quantized: bool | Literal["codes"] | None = None,
     implementation: str | None = None,
     activation_bits: int | None = None,
     threads: int | None = None,
@@ -79,8 +78,8 @@ def load(
         `dtype` is `auto`, otherwise that of the activations.
       max_context: positions that one request may use; by default the model's own limit, at most 4,096.
       engine: all sizes at once, instead of `max_context`.
-      keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and the native kernels run,
-        and where the policy asks for integers.
+      keep_quantized: leave quantized matrices quantized; by default where `dtype` is `auto` and kernels read them (the
+        native ones on the CPU, on a GPU those of `fusedllm.quantize`'s codes), and where the policy asks for integers.
       implementation: of the kernels, `xla`, `ffi` (native, on the CPU) or, on a GPU, `pallas`, which is the better of
         `triton` and `mosaic`; by default the best there is.
       activation_bits: 16 or 8: to what native products with quantized weights round activations, in groups of 32. 8
@@ -112,11 +111,12 @@ def load(
     policies.check_mesh(policies.find(policy), mesh is not None)
     with traced_for(policies.find(policy).platform):
         compute, where = compute_dtype(dtype), platform()
-        native_kernels = runs_native(implementation)
+        native_kernels, keeps_codes = runs_native(implementation), kept_codes(implementation)
     if threads is not None:
         set_threads(threads, native_kernels)
     as_filed = dtype == "auto" and native_kernels
-    needs_integers = policies.find(policy).integers
+    if keep_quantized is None:
+        keep_quantized = policies.find(policy).integers or as_filed or (dtype == "auto" and keeps_codes)
     tokenizer: Tokenizer | None = None
     report: LoadReport | None = None
     if random_weights:
@@ -138,7 +138,7 @@ def load(
             params, report = load_params(
                 checkpoint,
                 dtype=None if as_filed else np.dtype(compute),
-                keep_quantized=as_filed or needs_integers if keep_quantized is None else keep_quantized,
+                keep_quantized=keep_quantized,
                 pack=native_kernels,
                 layout=layout,
                 progress=progress,
@@ -204,10 +204,15 @@ class LLM:
         if policies.find(policy).platform == "cpu":
             # The trusted side branches for nothing, and where the host drives it looks at each step.
             engine = dataclasses.replace(engine, free_steps=0)
+        way = implementation if implementation in WAYS else None
+        if way is not None:
+            # Where there are no kernels of Pallas the best of the others do.
+            implementation = None
         self._applied = policies.apply(
             policy,
             params,
             implementation=implementation,
+            way=way,
             activation_bits=self.activation_bits,
             crossing=crossing,
             sharded=layout is not None,
@@ -276,7 +281,7 @@ class LLM:
           ContextLengthError: a prompt that does not fit.
         """
         parameters = sampling_from_keywords(sampling, keywords)
-        streams = [self._stream(self.encode(prompt), parameters) for prompt in _as_prompts(prompts)]
+        streams = [self._stream(self.encode(prompt), parameters) for prompt in as_prompts(prompts)]
         for index, chunk in self._engine.run([stream.sequence for stream in streams]):
             streams[index].push(chunk)
         return [stream.result for stream in streams]
@@ -309,7 +314,7 @@ class LLM:
           TokenizerError: a text, where the checkpoint has no tokenizer.
         """
         if not isinstance(prompt, str):
-            return _as_ids(prompt)
+            return as_ids(prompt)
         return self._need_tokenizer().encode(prompt)
 
     def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
@@ -329,7 +334,7 @@ class LLM:
         Raises:
           RequestError, ContextLengthError: as `generate`.
         """
-        return self._engine.logits(_as_ids(token_ids), chunk)
+        return self._engine.logits(as_ids(token_ids), chunk)
 
     def perplexity(self, token_ids: Sequence[int], window: int = 512) -> float:
         """`exp` of the mean negative log-likelihood over windows that do not overlap.
@@ -340,7 +345,7 @@ class LLM:
           RequestError: fewer than two tokens, or a window below two.
           ContextLengthError: a window that does not fit the context.
         """
-        token_ids = _as_ids(token_ids)
+        token_ids = as_ids(token_ids)
         if window < 2 or len(token_ids) < 2:
             raise RequestError(
                 f"a perplexity needs at least two tokens and a window of two, got {len(token_ids)} and {window}."
@@ -379,20 +384,3 @@ def _open(ckpt: str | Path | pa.Table | Checkpoint, progress: bool) -> Checkpoin
     if isinstance(ckpt, pa.Table):
         return quantized.of_table(ckpt)
     return open_checkpoint(registry.resolve(ckpt, progress=progress))
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, (Sequence, np.ndarray)) or isinstance(prompts, bytes):
-        raise RequestError(f"a prompt must be a text, a list of token ids, or a list of those, got {prompts!r}.")
-    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
-        return [cast("Sequence[int]", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _as_ids(ids: Sequence[int]) -> list[int]:
-    if not isinstance(ids, (Sequence, np.ndarray)) or isinstance(ids, (str, bytes)):
-        raise RequestError(f"token ids must be a list of integers, got {ids!r}.")
-    # NumPy's integers and arrays are welcome; anything else is refused where its range is checked.
-    return [int(token) if isinstance(token, np.integer) else token for token in ids]

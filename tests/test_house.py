@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "calibrate": GROUND | {"kernels", "quant", "text", "model", "weights"},
     "engine": GROUND | {"kernels", "quant", "text", "model", "sharding", "weights", "partition", "calibrate"},
 }
-BELOW_THE_FACADE = {*MAY_IMPORT, "backend", "compilation_cache"}
+BELOW_THE_FACADE = {*MAY_IMPORT, "backend", "compilation_cache", "prompts"}
+MAY_IMPORT["prompts"] = {"errors"}
 MAY_IMPORT["backend"] = GROUND | {"kernels"}
 MAY_IMPORT["compilation_cache"] = {"weights"}
 MAY_IMPORT["stream"] = BELOW_THE_FACADE

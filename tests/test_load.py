@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from packing import grouped
 
+from fusedllm.backend import kept_codes
 from fusedllm.config import ModelConfig
 from fusedllm.engine.config import EngineConfig
 from fusedllm.errors import CheckpointError
 from fusedllm.kernels import native
+from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.dequantize import dequantize
 from fusedllm.kernels.grouped import GroupedScheme
 from fusedllm.kernels.packed import PackedScheme
@@ -35,6 +37,7 @@ from fusedllm.weights.random import random_checkpoint, random_params
 CONFIG = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 8, 128, tie_embeddings=True, attention_bias=True)
 NORM = "model.norm.weight"
 GATE = "model.layers.1.mlp.gate_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def altered(name: str, values: np.ndarray | None, **changes: object) -> Checkpoint:
@@ -124,6 +127,30 @@ def test_quantized_matrices_stay_quantized_where_that_is_asked_for():
     assert gate.scales.dtype == np.float16
     np.testing.assert_array_equal(gate.dequantize(), quantized().tensors[GATE].read())
     assert report.bytes_copied <= 48 * 2
+
+
+def test_on_a_gpu_those_stay_quantized_that_its_kernels_read():
+    base = random_checkpoint(CONFIG, "float32", seed=1)
+    doubled = dataclasses.replace(quantized().tensors[GATE], name=UP)
+    checkpoint = dataclasses.replace(base, tensors={**in_codes("int4-g32", (GATE,)).tensors, UP: doubled})
+    params, _ = load_params(checkpoint, keep_quantized="codes", dtype="bfloat16")
+    assert isinstance(params.layers[1].gate, QuantArray)
+    assert params.layers[1].up.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "implementation", "kept"),
+    [
+        ("gpu", 9.0, None, "codes"),
+        ("gpu", 8.0, "pallas", "codes"),
+        ("gpu", 9.0, "xla", False),
+        ("gpu", 7.5, None, False),
+        ("cpu", None, None, False),
+    ],
+)
+def test_codes_are_kept_where_kernels_read_them(platform, capability, implementation, kept):
+    with traced_for(platform, capability):
+        assert kept_codes(implementation) == kept
 
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -307,6 +334,7 @@ def test_a_chunk_that_ends_inside_a_word_is_filled(monkeypatch):
 
 MEMORY = """
 import resource, sys
+from fusedllm.backend import kept_codes
 from fusedllm.config import ModelConfig
 from fusedllm.weights.load import load_params
 from fusedllm.weights.random import random_checkpoint

@@ -24,6 +24,8 @@ from fusedllm.kernels.linear import linear
 from fusedllm.kernels.linear_mosaic import Plan as ProductPlan
 from fusedllm.kernels.linear_mosaic import product_mosaic
 from fusedllm.kernels.pallas_support import interpreting
+from fusedllm.model.placement import Site
+from fusedllm.partition.plain import Plain
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.schemes import SCHEMES
 
@@ -386,6 +388,25 @@ def test_attention_is_mosaics_where_it_is_automatic_or_asked_for():
         assert "custom_call @mosaic_gpu" in program
         assert "triton" not in program
     assert "triton" in lowered(lambda *x: paged_attention(*x), *given)
+
+
+@pytest.mark.parametrize("way", ["triton", "mosaic", "pallas", None])
+def test_a_model_prefers_a_way_where_there_are_two(way):
+    """Where there is one, or none, it takes what there is."""
+    x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+    many = jax.eval_shape(lambda: random_codes(GroupedScheme("int4-g64-sym", 4, 64), (128, 512), 0))
+    integers = jax.eval_shape(lambda: random_codes(SCHEMES["w8a8"], (128, 512), 0))
+    plain = jax.ShapeDtypeStruct((128, 512), jnp.bfloat16)
+
+    def program(weight):
+        return lowered(lambda x, weight: Plain(way=way).linear(Site("o"), x, (weight,)), x, weight)
+
+    assert ("mosaic_gpu" in program(many)) == (way == "mosaic")
+    assert ("gpu.triton" in program(many)) == (way != "mosaic")
+    assert "gpu.triton" in program(integers)
+    assert "stablehlo.dot" in program(plain)
+    with pallas_support.automatic_mosaic("linear"):
+        assert ("mosaic_gpu" in program(many)) == (way != "triton")
 
 
 @pytest.mark.parametrize(

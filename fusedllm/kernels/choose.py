@@ -25,6 +25,9 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
 # last where it is not automatic.
 PALLAS = ("mosaic", "triton")
 
+# What may be said of a whole model, some of whose operations have no kernel of Pallas: those are XLA's.
+WAYS = ("pallas", *PALLAS)
+
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 

@@ -29,6 +29,7 @@ AUTOMATIC_MOSAIC: frozenset[str] = frozenset()
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 _automatic_mosaic = contextvars.ContextVar("automatic_mosaic", default=AUTOMATIC_MOSAIC)
+_preferred: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred", default=None)
 _supposed: contextvars.ContextVar[float | None] = contextvars.ContextVar("supposed", default=None)
 
 
@@ -63,9 +64,25 @@ def automatic_mosaic(*operations: str) -> Iterator[None]:
         _automatic_mosaic.reset(before)
 
 
+@contextlib.contextmanager
+def preferring(way: str | None) -> Iterator[None]:
+    """Inside, where nothing is asked for, Pallas takes the `way` `"triton"` or `"mosaic"` for what has one.
+
+    With `"pallas"` or `None` it takes the better one.
+    """
+    before = _preferred.set(way)
+    try:
+        yield
+    finally:
+        _preferred.reset(before)
+
+
 def is_automatic(operation: str, implementation: str) -> bool:
     """Whether this implementation of `operation` may be chosen where nothing is asked for."""
-    return implementation != "mosaic" or operation in _automatic_mosaic.get()
+    if implementation != "mosaic":
+        return True
+    preferred = _preferred.get()
+    return preferred == "mosaic" or (preferred != "triton" and operation in _automatic_mosaic.get())
 
 
 def why_not_on(backend: str, lowering: str) -> str | None:

@@ -5,8 +5,9 @@ No confidentiality claim: whoever runs the accelerator sees weights, prompt and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.norm_linear import norm_linear, norm_swiglu
+from fusedllm.kernels.pallas_support import preferring
 from fusedllm.model.composed import Composed, biased
 from fusedllm.model.params import Weight
 from fusedllm.model.placement import Numbers, Residual, Site
@@ -36,11 +38,13 @@ class Plain(Composed):
       implementation: passed to the kernels; `None` lets them choose.
       activation_bits: 16 or 8, to which native products with packed weights round activations.
       platform: where the parameters are, if that is not the default backend.
+      way: of Pallas to a GPU, where there are kernels of both (`pallas_support.preferring`); `None` for the better one.
     """
 
     implementation: str | None = None
     activation_bits: int = 16
     platform: str | None = None
+    way: str | None = None
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """One XLA program."""
@@ -64,7 +68,7 @@ class Plain(Composed):
 
     def linear(self, site: Site, x: jax.Array, weights: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Traced where it is called."""
-        with jax.named_scope(site.name):
+        with self._traced(site.name):
             return linear(
                 x,
                 *weights,
@@ -75,7 +79,7 @@ class Plain(Composed):
 
     def protected(self, site: Site, function: Callable[..., Result], *operands: object, **static: Hashable) -> Result:
         """Traced where it is called."""
-        with jax.named_scope(site.name):
+        with self._traced(site.name):
             return function(*operands, **static)
 
     def normed(
@@ -91,7 +95,7 @@ class Plain(Composed):
         """One operation, unless norms and products were asked to be of different implementations."""
         if implementation != self.implementation:
             return Composed.normed(self, sites, residual, norm, weights, eps=eps, implementation=implementation)
-        with jax.named_scope(sites[1].name):
+        with self._traced(sites[1].name):
             return norm_linear(
                 residual.x,
                 norm,
@@ -118,7 +122,7 @@ class Plain(Composed):
             return Composed.activated(
                 self, sites, residual, norm, weights, biases, eps=eps, implementation=implementation
             )
-        with jax.named_scope(sites[1].name):
+        with self._traced(sites[1].name):
             return norm_swiglu(
                 residual.x,
                 norm,
@@ -129,6 +133,11 @@ class Plain(Composed):
                 precise=self._precise,
                 implementation=implementation,
             )
+
+    @contextlib.contextmanager
+    def _traced(self, scope: str) -> Iterator[None]:
+        with jax.named_scope(scope), preferring(self.way):
+            yield
 
     @property
     def _precise(self) -> bool:

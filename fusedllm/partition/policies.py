@@ -161,12 +161,13 @@ def apply(
     *,
     implementation: str | None,
     activation_bits: int,
+    way: str | None = None,
     crossing: str | None = None,
     sharded: bool = False,
 ) -> Applied:
     """Puts a policy over a model whose parameters are `params`; `crossing` is one of `CROSSINGS`, by default the first.
 
-    `sharded` is whether the parameters lie on a mesh.
+    `way` is that of Pallas, under `plain`; `sharded` is whether the parameters lie on a mesh.
 
     Raises:
       PolicyError: there is no such policy, or no device for it, or it has no such crossing, or none over a mesh.
@@ -174,7 +175,7 @@ def apply(
     policy = find(name)
     check_crossing(policy, crossing)
     check_mesh(policy, sharded)
-    plain = (Sharded if sharded else Plain)(implementation, activation_bits)
+    plain = (Sharded if sharded else Plain)(implementation, activation_bits, way=way)
     if not policy.crosses:
         if name == "trusted":
             here = trusted_cpu()

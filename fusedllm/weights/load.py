@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from fusedllm.config import ModelConfig
 from fusedllm.errors import CheckpointError
 from fusedllm.kernels import packed
+from fusedllm.kernels.grouped import grouped_scheme
+from fusedllm.kernels.pallas_support import why_not_codes
 from fusedllm.model.params import Params, ParamSpec, describe, map_specs, specs
 from fusedllm.qarray import QuantArray
 from fusedllm.quant.blocks import BlockScheme
@@ -69,7 +71,7 @@ def load_params(
     checkpoint: Checkpoint,
     *,
     dtype: DTypeLike | None = None,
-    keep_quantized: bool = False,
+    keep_quantized: bool | Literal["codes"] = False,
     pack: bool = False,
     device: jax.Device | None = None,
     layout: Layout | None = None,
@@ -79,8 +81,9 @@ def load_params(
 
     On the CPU, read-only memory on a 64-byte boundary becomes an array as it lies (the array keeps the map alive);
     all else is copied once, straight to where it stays. `dtype=None` keeps the file's. With `keep_quantized` a matrix
-    that is quantized in the file becomes a `QuantArray` with the file's blocks or codes, whatever `dtype` says. With
-    `pack` it gets the layout of the native kernels; of those that have none there, GGUF's blocks become float16.
+    that is quantized in the file becomes a `QuantArray` with the file's blocks or codes, whatever `dtype` says; with
+    `"codes"` only one of grouped codes that the kernels of a GPU read does, and all others become numbers. With `pack`
+    it gets the layout of the native kernels; of those that have none there, GGUF's blocks become float16.
 
     Raises:
       CheckpointError: a tensor that the configuration asks for is missing or has another shape, the file has one that
@@ -163,10 +166,15 @@ def _can_be_ignored(name: str, config: ModelConfig) -> bool:
     return bool(_BUFFERS.search(name)) or (config.tie_embeddings and name == _TIED_HEAD)
 
 
+def _kernels_read(array: QuantArray) -> bool:
+    scheme = grouped_scheme(array)
+    return scheme is not None and why_not_codes(scheme) is None
+
+
 @dataclass
 class _Loader:
     dtype: np.dtype | None
-    keep_quantized: bool
+    keep_quantized: bool | Literal["codes"]
     pack: bool
     device: jax.Device
     release: Callable[[], object]
@@ -180,7 +188,9 @@ class _Loader:
 
     def load(self, tensor: LazyTensor, spec: ParamSpec) -> jax.Array | QuantArray:
         if self.keep_quantized and tensor.read_quantized is not None and len(tensor.shape) == 2:
-            return self._quantized(tensor, tensor.read_quantized(), spec)
+            array = tensor.read_quantized()
+            if self.keep_quantized != "codes" or _kernels_read(array):
+                return self._quantized(tensor, array, spec)
         values = tensor.read()
         _check_shape(tensor, values.shape)
         reason = f"dequantized from {tensor.quantization}" if tensor.quantization else None
