@@ -13,6 +13,7 @@ import pytest
 from reference import tiny
 
 from fusedllm.backend import KV_DTYPES
+from fusedllm.cli.environment import set_environment
 from fusedllm.cli.main import main
 from fusedllm.cli.options import add_model_arguments
 
@@ -211,3 +212,21 @@ def test_an_unusable_cache_directory_is_one_sentence(tmp_path):
     assert done.stderr.startswith("fusedllm: ")
     assert "cache" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, None),
+        ({"policy": "plain", "mesh": None}, None),
+        ({"policy": "masked"}, "--xla_force_host_platform_device_count=2"),
+        ({"policy": "plain", "mesh": "tp=2"}, "--xla_gpu_enable_latency_hiding_scheduler=true"),
+    ],
+)
+@pytest.mark.parametrize("before", [None, "--xla_cpu_max_isa=AVX2"])
+def test_flags_of_xla_are_set_before_jax_reads_them_and_the_users_come_last(monkeypatch, options, wanted, before):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("XLA_FLAGS", before)
+    set_environment(argparse.Namespace(**options))
+    assert os.environ.get("XLA_FLAGS") == (" ".join(filter(None, (wanted, before))) or None)

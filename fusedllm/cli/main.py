@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from fusedllm import __version__
 from fusedllm.cli import convert, generate, manifest, models, perplexity, quantize, serve, verify
+from fusedllm.cli.environment import set_environment
 from fusedllm.errors import FusedLLMError
 
 COMMANDS = (generate, serve, perplexity, convert, quantize, manifest, verify, models.PULL, models.LIST)
@@ -38,11 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code. `python -m fusedllm` and the console script call it."""
     options = build_parser().parse_args(arguments)
-    # Before jax is imported: silences XLA's own log lines, which speak to its developers.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if getattr(options, "policy", "plain") not in ("plain", "trusted"):
-        # Where there is no accelerator, a second device of this CPU plays one.
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
+    set_environment(options)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show a character shows a question mark instead of ending the answer.
         if isinstance(stream, io.TextIOWrapper):
