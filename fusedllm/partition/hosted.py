@@ -90,6 +90,12 @@ def _segment(
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _taker(trusted: jax.Device) -> Callable[..., tuple[jax.Array, ...]]:
+    """Puts arrays of the host onto the device in one call, where `device_put` would be one for each."""
+    return jax.jit(lambda *arrays: arrays, in_shardings=jax.sharding.SingleDeviceSharding(trusted))
+
+
 class Hosted(Composed):
     """A placement whose loops and layers run in Python, and whose verbs run compiled segments.
 
@@ -101,9 +107,6 @@ class Hosted(Composed):
     def __init__(self, boundary: Boundary, trusted: jax.Device) -> None:
         self.boundary = boundary
         self.trusted = trusted
-        self._here = jax.sharding.SingleDeviceSharding(trusted)
-        # In one call, where `device_put` would be one for each.
-        self._take = jax.jit(lambda *arrays: arrays, in_shardings=self._here)
         self._guard = threading.local()
 
     def place(self, params: Params) -> Params:
@@ -161,7 +164,7 @@ class Hosted(Composed):
         numbers = [place for place, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray | np.generic)]
         if numbers:
             with jax.transfer_guard_host_to_device("allow"):
-                taken = self._take(*(leaves[place] for place in numbers))
+                taken = _taker(self.trusted)(*(leaves[place] for place in numbers))
             for place, array in zip(numbers, taken, strict=True):
                 leaves[place] = array
         result: tuple[Any, ...] = jax.tree.unflatten(structure, leaves)
