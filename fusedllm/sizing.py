@@ -66,8 +66,9 @@ def fitting_engine(
     context = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
     if context < 1:
         raise RequestError(f"max_context must be an integer of at least 1, got {context}.")
-    wanted = {"max_context": context, "batch_buckets": batch_buckets, "token_budget": token_budget}
-    sizes = EngineConfig.suited(platform(), **wanted)
+    # Nobody's choice is left to the device.
+    budget = {"token_budget": token_budget} if token_budget else {}
+    sizes = EngineConfig.suited(platform(), max_context=context, batch_buckets=batch_buckets, **budget)
     # What follows is of one group of devices, which has the weights and its part of the cache.
     shape = MeshShape() if mesh is None else parse_mesh(mesh)
     available = available_bytes()
