@@ -315,12 +315,18 @@ def test_several_processes_have_no_engine_in_a_thread(tiny_llm, monkeypatch):
         tiny_llm.engine.start()
 
 
-def test_a_server_on_a_gpu_has_a_gpus_token_budget_unless_another_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusedllm.sizing.platform", lambda: "gpu")
-    path = tiny.write("llama3", tmp_path)
-    for asked, expected in ((0, 1024), (64, 64)):
-        _, engine = fitting_engine(path, CacheSize(), batch_buckets=(1, 2), token_budget=asked, max_context=64)
-        assert engine.token_budget == expected
+@pytest.mark.parametrize(
+    ("policy", "asked", "expected"),
+    [("plain", 0, (1024, 4)), ("plain", 64, (64, 4)), ("split", 0, (256, 0)), ("trusted", 64, (64, 0))],
+)
+def test_a_server_on_a_gpu_has_the_sizes_of_where_its_layers_run(policy, asked, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    asked_for: list = []
+    monkeypatch.setattr("fusedllm.sizing.available_bytes", lambda device=None: asked_for.append(device) or 10**9)
+    sizes = {"batch_buckets": (1, 2), "token_budget": asked, "max_context": 64}
+    _, engine = fitting_engine(tiny.write("llama3", tmp_path), CacheSize(), **sizes, policy=policy)
+    assert (engine.token_budget, engine.free_steps) == expected
+    assert asked_for == [None if policy == "plain" else jax.devices("cpu")[0]]
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(None, 4 * 64), (300, 300), (301, 302)])

@@ -155,6 +155,7 @@ def _sized(options: argparse.Namespace, buckets: tuple[int, ...]) -> tuple[str |
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
         max_context=options.max_context,
+        policy=options.policy,
         mesh=options.mesh,
         random_weights=options.random_weights,
         progress=True,
