@@ -13,7 +13,8 @@ from fusedllm.backend import cache_dtype, compute_dtype, runs_native
 from fusedllm.engine.config import DEFAULT_MAX_CONTEXT, EngineConfig
 from fusedllm.engine.memory import available_bytes, cache_tokens_for, weight_bytes
 from fusedllm.errors import RequestError
-from fusedllm.kernels.choose import platform
+from fusedllm.kernels.choose import platform, traced_for
+from fusedllm.partition import policies
 from fusedllm.sharding.mesh import MeshShape, parse_mesh
 from fusedllm.weights import registry
 from fusedllm.weights.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def fitting_engine(
     kv_dtype: str = "auto",
     implementation: str | None = None,
     max_context: int | None = None,
+    policy: str = "plain",
     mesh: str | None = None,
     random_weights: bool = False,
     progress: bool = False,
@@ -51,10 +53,14 @@ def fitting_engine(
 
     Raises:
       RequestError: it can't fit; the numbers are in the message.
+      PolicyError: there is no such policy, or no CPU for it.
       SourceError, CheckpointError, ConfigError: as `load`.
     """
-    compute = np.dtype(compute_dtype(dtype))
-    as_filed = dtype == "auto" and runs_native(implementation)
+    hosted = policies.find(policy).platform == "cpu"
+    # As `load` does: what a policy keeps on the CPU is sized for that, whatever multiplies.
+    with traced_for(policies.find(policy).platform):
+        compute, where = np.dtype(compute_dtype(dtype)), platform()
+        as_filed = dtype == "auto" and runs_native(implementation)
     source: str | Path | Checkpoint = ckpt
     if random_weights:
         config = registry.architecture(ckpt)
@@ -66,11 +72,12 @@ def fitting_engine(
     context = min(config.max_position, DEFAULT_MAX_CONTEXT) if max_context is None else max_context
     if context < 1:
         raise RequestError(f"max_context must be an integer of at least 1, got {context}.")
-    wanted = {"max_context": context, "batch_buckets": batch_buckets, "token_budget": token_budget}
-    sizes = EngineConfig.suited(platform(), **wanted)
+    # Nobody's choice is left to the device.
+    budget = {"token_budget": token_budget} if token_budget else {}
+    sizes = EngineConfig.suited(where, max_context=context, batch_buckets=batch_buckets, **budget)
     # What follows is of one group of devices, which has the weights and its part of the cache.
     shape = MeshShape() if mesh is None else parse_mesh(mesh)
-    available = available_bytes()
+    available = available_bytes(policies.trusted_cpu()) if hosted else available_bytes()
     if available is not None and jax.default_backend() == "cpu":
         available = weights + max(0, available - weights) // shape.dp
     elif available is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,11 @@ from reference import tiny
 from fusedllm.config import Sampler, SamplingParams
 from fusedllm.engine.compile_guard import forbid_compile
 from fusedllm.engine.config import LAUNCH_TOKENS, EngineConfig, split_into_chunks
+from fusedllm.engine.flights import Flights
 from fusedllm.engine.pages import PagePool
+from fusedllm.engine.request import Sequence
+from fusedllm.engine.scheduler import DecodeRow, Job, Plan
+from fusedllm.engine.slots import NO_TOKEN
 from fusedllm.errors import CompileForbiddenError, ContextLengthError, RequestError, TokenizerError
 from fusedllm.llm import LLM, load
 from fusedllm.weights.random import random_params
@@ -309,7 +315,8 @@ def test_nothing_compiles_after_warm_up(tmp_path, source):
 @pytest.mark.parametrize("steps", [2, 4])
 def test_programs_without_branches_make_the_same_tokens(tiny_llm, steps):
     free = LLM(TINY, random_params(TINY, "float32", seed=1), engine=dataclasses.replace(TINY_ENGINE, free_steps=steps))
-    free.warm_up()
+    for llm in (tiny_llm, free):
+        llm.warm_up()
     launched = spy_on_samplers(free)
     with forbid_compile():
         for keywords, sampler in (
@@ -327,6 +334,37 @@ def test_programs_without_branches_make_the_same_tokens(tiny_llm, steps):
             assert [answer.logprobs for answer in found] == [answer.logprobs for answer in wanted]
             assert max(launched) is sampler
             launched.clear()
+
+
+class Clocked(SimpleNamespace):
+    """A runner whose programs take a second a step, on a clock of its own."""
+
+    def decode(self, orders, steps, allowed, sampler):
+        made = np.full((self.engine.decode_steps, 1), NO_TOKEN)
+        made[:1] = 5
+        together = self.engine.free_steps if sampler < Sampler.FULL else 1
+        self.now += -(-1 // together) * together
+        return made
+
+    def fetch(self, outputs, logprobs):
+        return outputs, None
+
+
+@pytest.mark.parametrize("sampler", Sampler)
+def test_the_time_of_a_step_counts_those_that_made_no_token(sampler, monkeypatch):
+    """A request that ends within steps that are made together does not make a step slower than it is."""
+    config = dataclasses.replace(TINY_ENGINE, free_steps=4, latency_seconds=3.0, decode_steps=8)
+    runner = Clocked(engine=config, lockstep=False, now=time.perf_counter())
+    monkeypatch.setattr("time.perf_counter", lambda: runner.now)
+    flights = Flights(runner, SimpleNamespace(accept=lambda *arguments: None), None)
+    job = Job(Sequence((1,), SamplingParams(), frozenset(), budget=9, seed=0), [1], (0.0, 0))
+    job.seat = 0
+    for _ in range(2):
+        flights.launch(Plan((DecodeRow(job, 0, ()),), 4, (), sampler))
+        flights.read()
+    assert flights.steps == 3
+    # Of the three seconds the steps take four, which leaves the chunk the least that there is.
+    assert flights.budget == config.prefill_buckets[0]
 
 
 def run_together(llm, prompts, parameters):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
+import socket
+import threading
 
 import jax
 import numpy as np
@@ -21,6 +25,7 @@ from fusedllm.engine.replicas import least_loaded, share_of
 from fusedllm.errors import RequestError, ShardingError
 from fusedllm.model.params import describe, specs
 from fusedllm.partition.sharded import GATHERED, SUMMED
+from fusedllm.sharding import processes
 from fusedllm.sharding.cut import piece
 from fusedllm.sharding.layout import lay_out
 from fusedllm.sharding.mesh import MeshShape, check_model, grid_of, parse_mesh
@@ -231,15 +236,57 @@ def test_a_request_goes_where_the_fewest_are():
         (("localhost", 2, 0), "is written as host:port, got 'localhost'"),
         (("localhost:x", 2, 0), "is written as host:port"),
         ((":99", 2, 0), "is written as host:port"),
+        (("localhost:0", 2, 0), "is written as host:port"),
         (("localhost:99", 0, 0), "must be from 1 to 65536, got 0"),
         (("localhost:99", 2, 2), "the ids go from 0 to 1, got 2"),
         # Devices have been asked for in this process.
-        (("localhost:99", 2, 0), "the process 0 can't join those at localhost:99"),
+        (("localhost:99", 2, 1), "the process 1 can't join those at localhost:99"),
     ],
 )
 def test_processes_that_can_not_join_say_why(arguments, message):
     with pytest.raises(ShardingError, match=message):
         connect(*arguments)
+
+
+def test_a_port_that_is_taken_is_refused_before_jax_asks_for_it(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: pytest.fail("jax was asked"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ShardingError, match=f"the process 0 can't listen at port {port} \\(address already in use"):
+            connect(f"127.0.0.1:{port}", 2, 0)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """jax waits for others who never come, deaf to signals; what is put into the list is called as it begins."""
+    released, begun = threading.Event(), []
+
+    def initialize(*arguments, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            for function in begun:
+                function()
+            # Before a test hangs it fails.
+            released.wait(10)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    yield begun
+    released.set()
+
+
+def test_who_waits_in_vain_for_other_processes_hears_of_it(alone, monkeypatch):
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.1)
+    with pytest.raises(ShardingError, match=r"process 1 has waited 0.1 seconds at localhost:9999 for 2 processes"):
+        connect("localhost:9999", 2, 1)
+
+
+def test_the_wait_for_other_processes_can_be_interrupted(alone):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        alone.append(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            connect("localhost:9999", 2, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 TWO = ("--coordinator", "a:1", "--processes", "2", "--process-id", "0")
@@ -252,6 +299,7 @@ TWO = ("--coordinator", "a:1", "--processes", "2", "--process-id", "0")
         (("perplexity", "--text", __file__, *TWO), "several processes share a --mesh"),
         (("serve", "--mesh", "tp=2", *TWO), "requests come to one process"),
         (("generate", "--mesh", "pp=2", "--random-weights"), "the axis 'pp'"),
+        (("generate", "--mesh", "pp=2", *TWO), "the axis 'pp'"),
     ],
 )
 def test_the_command_line_says_what_a_mesh_lacks(arguments, message, capsys):
@@ -265,6 +313,20 @@ def test_several_processes_have_no_engine_in_a_thread(tiny_llm, monkeypatch):
     monkeypatch.setattr(tiny_llm.engine, "_lockstep", Lockstep(1))
     with pytest.raises(RequestError, match="answers who waits for it, not in a thread"):
         tiny_llm.engine.start()
+
+
+@pytest.mark.parametrize(
+    ("policy", "asked", "expected"),
+    [("plain", 0, (1024, 4)), ("plain", 64, (64, 4)), ("split", 0, (256, 0)), ("trusted", 64, (64, 0))],
+)
+def test_a_server_on_a_gpu_has_the_sizes_of_where_its_layers_run(policy, asked, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    asked_for: list = []
+    monkeypatch.setattr("fusedllm.sizing.available_bytes", lambda device=None: asked_for.append(device) or 10**9)
+    sizes = {"batch_buckets": (1, 2), "token_budget": asked, "max_context": 64}
+    _, engine = fitting_engine(tiny.write("llama3", tmp_path), CacheSize(), **sizes, policy=policy)
+    assert (engine.token_budget, engine.free_steps) == expected
+    assert asked_for == [None if policy == "plain" else jax.devices("cpu")[0]]
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(None, 4 * 64), (300, 300), (301, 302)])

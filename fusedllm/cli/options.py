@@ -93,8 +93,11 @@ def join_processes(options: argparse.Namespace) -> None:
         raise ShardingError(
             "several processes share a --mesh and need --coordinator, --processes and --process-id, all of them."
         )
+    from fusedllm.sharding.mesh import parse_mesh
     from fusedllm.sharding.processes import connect
 
+    # What is wrong in one of them all should hear of before they wait for one another.
+    parse_mesh(options.mesh)
     # What libraries write to standard output as the processes meet goes with the other messages.
     answers = os.open(os.devnull, os.O_WRONLY) if options.process_id else os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--token-budget", type=int, default=0, metavar="TOKENS",
-        help="of prompts, between two steps of running requests (default 256)",
+        help="of prompts, between two steps of running requests (default 256, on a GPU 1,024)",
     )  # fmt: skip
     memory = group.add_mutually_exclusive_group()
     memory.add_argument(
@@ -155,6 +155,7 @@ def _sized(options: argparse.Namespace, buckets: tuple[int, ...]) -> tuple[str |
         kv_dtype=options.kv_dtype,
         implementation=options.implementation,
         max_context=options.max_context,
+        policy=options.policy,
         mesh=options.mesh,
         random_weights=options.random_weights,
         progress=True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from fusedllm.config import Sampler
 from fusedllm.engine.request import Chunk, TokenLogprob
 from fusedllm.engine.request import Sequence as Request
 from fusedllm.engine.runner import Runner, orders
@@ -34,6 +35,8 @@ class _Launch:
     outputs: StepOutputs
     columns: tuple[tuple[Job, int], ...]
     steps: int
+    # Steps between two looks at whether any of them goes on.
+    together: int = 1
 
 
 @dataclass(slots=True)
@@ -77,7 +80,8 @@ class Flights:
     def budget(self) -> int:
         """How many tokens of a prompt go between two decode steps, by the time that the chunks have taken so far."""
         config = self._runner.engine
-        room = config.latency_seconds - (self._step_seconds or 0.0)
+        # Beside a chunk the others make one step, or as many as a program makes without looking.
+        room = config.latency_seconds - (self._step_seconds or 0.0) * (config.free_steps or 1)
         buckets = [bucket for bucket in config.prefill_buckets if bucket <= config.token_budget]
         if self._runner.lockstep:
             return buckets[-1]
@@ -124,7 +128,8 @@ class Flights:
                 if row.job.mask is not None:
                     allowed[index] = row.job.mask
         outputs = self._runner.decode(order, plan.steps, allowed, plan.sampler)
-        return _Launch(outputs, tuple((row.job, row.job.turn) for row in rows), plan.steps)
+        together = 1 if plan.sampler is Sampler.FULL else self._runner.engine.free_steps or 1
+        return _Launch(outputs, tuple((row.job, row.job.turn) for row in rows), plan.steps, together)
 
     def _launch_chunk(self, chunk: PrefillChunk, flight: _Flight) -> jax.Array:
         job, sequence = chunk.job, chunk.job.sequence
@@ -149,7 +154,7 @@ class Flights:
         wants_logprobs = any(job.sequence.sampling.logprobs is not None for job in wanted)
         tokens, logprobs = self._runner.fetch(launch.outputs, logprobs=wants_logprobs)
         if launch.steps:
-            self._measure(tokens)
+            self._measure(tokens, launch.together)
         for column, (job, turn) in enumerate(launch.columns):
             made = tokens[:, column] != NO_TOKEN
             ids = tuple(tokens[made, column].tolist())
@@ -159,10 +164,11 @@ class Flights:
             if chunk is not None:
                 self._deliver(job.sequence, chunk if not prompt else _with_prompt(chunk, prompt))
 
-    def _measure(self, tokens: np.ndarray) -> None:
+    def _measure(self, tokens: np.ndarray, together: int) -> None:
         """Keeps a running estimate of one decode step's time, from the time between two reads."""
         now = time.perf_counter()
-        steps = int((tokens != NO_TOKEN).any(axis=1).sum())
+        # Of steps that are made together the last ones may have made no token.
+        steps = -(-int((tokens != NO_TOKEN).any(axis=1).sum()) // together) * together
         if steps:
             seconds = (now - self._last_read) / steps
             self._step_seconds = min(seconds, 2 * (self._step_seconds or seconds))
