@@ -58,6 +58,12 @@ def capability(target: str) -> float:
     return float(f"{found.group(1)}.{found.group(2) or 0}")
 
 
+def kind(target: str) -> str:
+    """What jax calls the chip that the text of a target describes; any of NVIDIA's where it does not say."""
+    found = re.search(r'device_description_str:\s*"([^"]+)"', target)
+    return found.group(1) if found else "NVIDIA"
+
+
 class Compiler:
     """Compiles programs of one model for one chip."""
 
@@ -71,6 +77,7 @@ class Compiler:
         topology = topologies.get_topology_desc("", platform="cuda", target_config=target, topology="1x1x1")
         self._home = SingleDeviceSharding(topology.devices[0])
         self._capability = capability(target)
+        self._kind = kind(target)
         self.config = architecture(ckpt)
         self._dtype = jax.numpy.dtype(dtype)
         self._context, self._prefill, self._batch = max_context, prefill, batch
@@ -139,7 +146,10 @@ class Compiler:
             tokens, table_ = shape((1, self._prefill), whole), shape((1, engine.table_entries), whole)
             arguments = (params, cache, tokens, shape((1,), whole), table_, shape((), whole))
         placed = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype, sharding=self._home), arguments)
-        with traced_for("gpu", self._capability):
+        # From jax 0.11 on Pallas asks for a device; of NVIDIA's it knows the names.
+        device = jax.sharding.AbstractDevice(device_kind=self._kind, num_cores=None, platform="gpu")
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with traced_for("gpu", self._capability), jax.sharding.use_abstract_mesh(mesh):
             made = jax.jit(function, donate_argnums=donated).lower(*placed).compile()
         return made, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -11,6 +12,9 @@ from typing import Any
 
 from common import Spread, Worker, seconds, serve
 from gpu_part import Part, config_of
+
+# Of a file's size, that must be free where it is written.
+ROOM = 1.2
 
 
 def arrow_part(part: Part) -> None:
@@ -23,7 +27,9 @@ def arrow_part(part: Part) -> None:
     from fusedllm.weights.open import open_checkpoint
     from fusedllm.weights.random import random_checkpoint
 
-    with tempfile.TemporaryDirectory(prefix="fusedllm-gpu-", dir=_shared_memory()) as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="fusedllm-gpu-", dir=_shared_memory(2 * config_of(part.scale).num_parameters)
+    ) as directory:
         path = Path(directory, "model.arrow")
         checkpoint = random_checkpoint(config_of(part.scale), np.dtype(part.scale.dtype))
         part.put("write_seconds", seconds(lambda: convert(checkpoint, path)))
@@ -49,10 +55,11 @@ def arrow_part(part: Part) -> None:
         part.put("file_read_bytes_per_second", size / read)
 
 
-def _shared_memory() -> str | None:
-    """A file there is certain to be in memory, as one in a page cache is."""
+def _shared_memory(size: int) -> str | None:
+    """A file there is certain to be in memory, as one in a page cache is; `None` where `size` bytes have no room."""
     place = Path("/dev/shm")
-    return str(place) if place.is_dir() and os.access(place, os.W_OK) else None
+    is_usable = place.is_dir() and os.access(place, os.W_OK)
+    return str(place) if is_usable and shutil.disk_usage(place).free > ROOM * size else None
 
 
 class Compiler:

@@ -22,6 +22,8 @@ DECODE_CASES = ((1, 128), (1, 8192), (32, 1024), (128, 1024))
 RING_TOKENS = (1, 16, 1024)
 QUANTIZE_SCHEMES = ("int8", "int4-g64", "int8-g64", "fp8", "w8a8", "int4-g64-sym", "int3-g128")
 PAGE_SIZE = 16
+# That have a kernel of Mosaic.
+MOSAIC_OPERATIONS = ("attention", "cached_attention", "linear")
 # Cases that are compiled together.
 TOGETHER = 8
 
@@ -42,8 +44,8 @@ class Case:
 
 
 def implementations() -> tuple[str, ...]:
-    """The names that are tried here."""
-    return ("xla", "triton", "mosaic") if on_gpu() else ("xla", "ffi", "triton")
+    """The names that are tried here; Mosaic's kernels have a part of their own."""
+    return ("xla", "triton") if on_gpu() else ("xla", "ffi", "triton")
 
 
 def linear_cases(part: Part) -> Iterator[Case]:
@@ -255,8 +257,21 @@ def in_turn(part: Part) -> Iterator[Case]:
 
 
 def kernels_part(part: Part) -> None:
-    """Every case by every implementation: microseconds, GB/s, TFLOP/s. Some are compiled together, and then timed."""
-    clock, cases = Clock(), in_turn(part)
+    """Every case by every implementation: microseconds, GB/s, TFLOP/s."""
+    _measure(part, in_turn(part), implementations())
+
+
+def mosaic_part(part: Part) -> None:
+    """The same of Mosaic's kernels, where nothing else is lost if one of them hangs."""
+    if not on_gpu():
+        part.skip("all cases", "there is no GPU to time them on")
+        return
+    _measure(part, (case for case in in_turn(part) if case.operation in MOSAIC_OPERATIONS), ("mosaic",))
+
+
+def _measure(part: Part, cases: Iterator[Case], implementations: tuple[str, ...]) -> None:
+    """Some cases are compiled together, and then timed."""
+    clock = Clock()
     while part.left() > 0:
         batch = list(itertools.islice(cases, TOGETHER))
         if not batch:
@@ -264,7 +279,7 @@ def kernels_part(part: Part) -> None:
         sets = [case.make(0) for case in batch]
         programs = []
         for at, case in enumerate(batch):
-            for name in implementations():
+            for name in implementations:
                 try:
                     programs.append((at, name, lowered(case, name, sets[at])))
                 except Exception as error:

@@ -90,9 +90,11 @@ class Model:
         return sum(leaf.nbytes for leaf in leaves) - (self.params.embedding.nbytes if untied else 0)
 
     def fill_cache(self) -> None:
-        """Random numbers instead of zeros in every page."""
+        """Random numbers instead of zeros in every page; and pages, where a launch that failed took them with it."""
         import jax
 
+        if self.runner._cache is None:
+            self.runner._cache, self._filled = self.runner._make_cache(), False
         if self._filled:
             return
         cache, self.runner._cache = self.runner._cache, None
@@ -139,6 +141,8 @@ class Model:
 
         def run() -> float:
             params, cache, seats, outputs = runner._params, runner._cache, again(seated), None
+            # Given away: where a launch fails, `fill_cache` finds that it is gone.
+            runner._cache = None
             cache, seats, outputs = program(params, cache, seats, *arguments)  # Wakes what has gone cold.
             jax.block_until_ready((cache, seats))
             began = time.perf_counter()
@@ -181,6 +185,7 @@ class Model:
         """As a caller sees it: seconds until the first token, and of each after it."""
         import numpy as np
 
+        self.fill_cache()
         ids = np.random.RandomState(tokens).randint(0, self.config.vocab_size, tokens).tolist()
         (result,) = self.llm.generate([ids], temperature=0, max_tokens=count + 1, ignore_eos=True)
         timings = result.timings

@@ -32,4 +32,5 @@ PARTS = (
     Each("ladder", "the predecessor's calls, improved step by step", "gpu_policies", "ladder_part", 25),
     Each("compile", "compiling, cold and warm", "gpu_files", "compile_part", 30),
     Each("tables", "the kernels' tables of tiles, varied", "gpu_tables", "tables_part", 30),
+    Each("mosaic", "the same of Mosaic's kernels, apart: one may hang", "gpu_kernels", "mosaic_part", 20),
 )

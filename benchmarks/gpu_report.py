@@ -147,7 +147,7 @@ def _peers(parts: dict[str, Any]) -> str | None:
 def _kernels(parts: dict[str, Any]) -> str | None:
     """One line a case, its implementations side by side; the best one's share of its floor."""
     cases: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in parts.get("kernels", {}).get("rows", []):
+    for row in (row for part in ("kernels", "mosaic") for row in parts.get(part, {}).get("rows", [])):
         cases.setdefault((row["operation"], row["case"]), {})[row["implementation"]] = row
     names = list(dict.fromkeys(name for rows in cases.values() for name in rows))
     bandwidth, rate = max(_limit(parts, "copy"), _limit(parts, "read")), _limit(parts, "matmul")

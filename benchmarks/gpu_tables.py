@@ -119,12 +119,14 @@ def tables_part(part: Part) -> None:
         part.skip("all variants", "there is no GPU to time them on")
         return
     clock = Clock()
-    for case in in_turn(part):
-        for table in tables():
-            if case.operation in table.operations and part.left() > 0:
-                part.attempt(
-                    f"{table.title}, {case.operation}, {case.name}", functools.partial(_vary, part, clock, case, table)
-                )
+    # Mosaic's are last: a kernel that is wrong may hang, and the part is killed.
+    for lowering in LOWERINGS:
+        own = [table for table in tables() if table.lowering == lowering]
+        for case in in_turn(part):
+            for table in own:
+                if case.operation in table.operations and part.left() > 0:
+                    name = f"{table.title}, {case.operation}, {case.name}"
+                    part.attempt(name, functools.partial(_vary, part, clock, case, table))
     for row in best(part.found.get("rows", [])):
         print(f"  best: {row['case']}, {row['table']}: {row['variant']} ({row['ratio']:.2f} of the table's time)")
 

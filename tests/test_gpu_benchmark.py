@@ -309,6 +309,8 @@ def test_targets_say_which_chip_they_are():
         name: gpu_compile.capability(path.read_text(encoding="utf-8")) for name, path in gpu_compile.TARGETS.items()
     }
     assert found == {"h200": 9.0, "a100": 8.0}
+    kinds = {name: gpu_compile.kind(path.read_text(encoding="utf-8")) for name, path in gpu_compile.TARGETS.items()}
+    assert kinds == {"h200": "NVIDIA H200", "a100": "NVIDIA A100-SXM4-80GB"}
     # A chip that can be compiled for has a row in the table of floors, of the same bandwidth.
     for name, path in gpu_compile.TARGETS.items():
         assert f"memory_bandwidth: {gpu_floors.CHIPS[name].bandwidth:.0f}\n" in path.read_text(encoding="utf-8")

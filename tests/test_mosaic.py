@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ HALF_STEP = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 # How long a kernel may take in a process of its own before it hangs; compiling takes some seconds.
 PATIENCE_S = 300
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -426,7 +429,9 @@ def hopper():
     """A GPU on which the kernels do not hang: each has run in a process that could be ended."""
     if (reason := pallas_support.why_not_on(jax.default_backend(), "mosaic")) is not None:
         pytest.skip(reason)
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # The package need not be installed.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([sys.executable, __file__], check=True, timeout=PATIENCE_S, env=environment)
 
 
