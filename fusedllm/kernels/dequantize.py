@@ -16,7 +16,7 @@ from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import grouped_scheme
 from fusedllm.kernels.hadamard import hadamard
-from fusedllm.kernels.pallas_support import interprets, why_not_codes
+from fusedllm.kernels.pallas_support import casts_float8, interprets, why_not_codes
 from fusedllm.qarray import QuantArray
 
 
@@ -48,7 +48,7 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
 def _dequantize_triton(array: QuantArray, dtype: np.dtype) -> jax.Array:
     from fusedllm.kernels.dequantize_triton import dequantize_triton  # Imports Pallas: see `pallas_support`.
 
-    return dequantize_triton(array, dtype, interprets())
+    return dequantize_triton(array, dtype, interprets(), casts_float8())
 
 
 @functools.partial(jax.jit, static_argnums=1)
