@@ -31,9 +31,9 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
         unturned = dataclasses.replace(array, scheme=scheme.unturned)
         return hadamard(dequantize(unturned, implementation=implementation)).astype(dtype)
     if problem := "no grouped codes" if scheme is None else why_not_codes(scheme):
-        if implementation == "pallas":
+        if implementation in ("pallas", "triton"):
             raise ImplementationError(
-                f"dequantize: the implementation 'pallas' can't read {array.scheme.name}: {problem}."
+                f"dequantize: the implementation {implementation!r} can't read {array.scheme.name}: {problem}."
             )
         if platform() == "gpu":
             implementation = implementation or "xla"
