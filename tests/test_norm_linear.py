@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -63,6 +64,10 @@ class Case:
             return self.normal(height, self.width)
         return random_codes(SCHEMES[kind], (height, self.width), height)
 
+    def operands(self):
+        """Of `norm_linear`, but for what is added."""
+        return self.x, self.norm, *self.weights
+
     def truth(self):
         """The sum in its dtype, its norm, and the weights, in float64."""
         total = self.x if self.delta is None else self.x + self.delta
@@ -99,6 +104,13 @@ def slack(case, normed, weight, implementation):
         rounded = rounded + 8 * (0.5 / 127) * np.abs(normed).max(1, keepdims=True) * np.sqrt((decoded**2).sum(1))
     del implementation
     return sums + terms + rounded + 1e-30
+
+
+@contextlib.contextmanager
+def on_a_gpu():
+    """Inside, what nobody asks for by name is what a GPU would choose, interpreted."""
+    with interpreting(), traced_for("gpu"):
+        yield
 
 
 def check_norm_linear(case, implementation):
@@ -141,9 +153,10 @@ def test_products_of_the_norm_are_those_of_float64(tokens, kind):
     case = Case(TOKENS.index(tokens) + 3 * KINDS.index(kind), tokens, kind)
     check_norm_linear(case, "xla")
     check_norm_linear(case, None)
-    if tokens <= MOST_FEW_TOKENS or (kind == "plain" and tokens <= MOST_SOME_TOKENS):
+    if kind not in ("w8a8", "int3-g64") and tokens <= (MOST_SOME_TOKENS if kind == "plain" else MOST_FEW_TOKENS):
         # Beyond, the parts are tested by themselves.
-        with interpreting():
+        with on_a_gpu():
+            assert "pallas_call" in str(jax.make_jaxpr(functools.partial(norm_linear, eps=EPS))(*case.operands()))
             check_norm_linear(case, None)
 
 
@@ -160,8 +173,9 @@ def test_swiglu_of_the_products_is_that_of_float64(tokens, kind):
     case = Case(number, tokens, kind, heights=(37, 37))
     for biased in (False, True):
         check_norm_swiglu(case, "xla", biased)
-        with interpreting():
-            check_norm_swiglu(case, None, biased)
+    if kind == "plain" or (kind != "w8a8" and tokens <= MOST_FEW_TOKENS):
+        with on_a_gpu():
+            check_norm_swiglu(case, None, number % 2 == 0)
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -206,7 +220,7 @@ def test_linear_of_few_tokens_needs_no_norm(kind):
 def test_leading_axes_and_dtypes_are_kept():
     case = Case(1, 3, "plain", "bfloat16")
     x, delta = (array.reshape(3, 1, -1) for array in (case.x, case.delta))
-    with interpreting():
+    with on_a_gpu():
         total, products = norm_linear(x, case.norm, *case.weights, eps=EPS, delta=delta)
         alone, (active,) = norm_linear(x, case.norm, case.weights[0], eps=EPS)
         _, gated = norm_swiglu(x, case.norm, case.weights[0], case.weights[0], eps=EPS)
@@ -224,6 +238,7 @@ def test_what_kernels_can_not_take_is_refused_if_asked_for_and_left_to_xla_if_no
             norm_linear(case.x, case.norm, *case.weights, eps=EPS, implementation="pallas")
         with pytest.raises(ImplementationError, match="it takes plain weights in bfloat16, got float32"):
             linear(case.x[:1], jnp.ones((4, case.width)), implementation="pallas")
+    with on_a_gpu():
         check_norm_linear(case, None)
 
 

@@ -238,17 +238,19 @@ def test_pallas_is_refused_on_the_cpu_but_where_it_is_interpreted(monkeypatch, o
     call(array, None)
 
 
-def test_codes_that_pallas_can_not_take_are_refused_if_asked_for_and_left_to_xla_if_not():
+@pytest.mark.parametrize("asked", ["pallas", "triton"])
+def test_codes_that_pallas_can_not_take_are_refused_if_asked_for_and_left_to_xla_if_not(asked):
     uneven, five = GroupedScheme("int4-g24", 4, 24), GroupedScheme("int5-g32", 5, 32)
     weights = matrix((4, 48), "float32", 0)
-    with interpreting():
+    with interpreting(), traced_for("gpu"):
         for scheme, reason in ((uneven, "groups of 24 weights, where a power"), (five, "codes of 5 bits, where 3, 4")):
             array = quantize(weights, scheme)
             dequantize(array)
+            linear(weights, array)
             for call in (
-                lambda scheme=scheme: quantize(weights, scheme, implementation="pallas"),
-                lambda array=array: dequantize(array, implementation="pallas"),
-                lambda array=array: linear(weights, array, implementation="pallas"),
+                lambda scheme=scheme: quantize(weights, scheme, implementation=asked),
+                lambda array=array: dequantize(array, implementation=asked),
+                lambda array=array: linear(weights, array, implementation=asked),
             ):
                 with pytest.raises(ImplementationError, match=reason):
                     call()

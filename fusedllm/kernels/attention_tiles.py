@@ -22,8 +22,8 @@ from fusedllm.kernels import e4m3
 from fusedllm.kernels.attention import MASKED
 from fusedllm.kernels.attention_support import multiplied_in, power_of_two
 from fusedllm.kernels.linear_triton import as_terms
-from fusedllm.kernels.pallas_support import interprets
-from fusedllm.kernels.triton_tiles import casts_float8, from_float8, iota
+from fusedllm.kernels.pallas_support import casts_float8, interprets
+from fusedllm.kernels.triton_tiles import from_float8, iota
 
 # Total, sum of weights, and largest score, of each row of a tile.
 State = tuple[jax.Array, jax.Array, jax.Array]

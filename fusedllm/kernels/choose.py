@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -36,6 +37,27 @@ def platform() -> str:
     return _platform.get() or jax.default_backend()
 
 
+# Of a process without contexts.
+_NOWHERE = (None, *pallas_support.surroundings())
+
+
+@functools.lru_cache(maxsize=64)
+def _apart(function: Function, surroundings: tuple[object, ...]) -> Function:
+    del surroundings
+
+    @functools.wraps(function)
+    def traced(*operands: Any, **named: Any) -> object:
+        return function(*operands, **named)
+
+    return cast(Function, traced)
+
+
+def traced_here(function: Function) -> Function:
+    """`function` as `jax.jit` tells it apart from the same in other contexts, where it is another program."""
+    surroundings = (_platform.get(), *pallas_support.surroundings())
+    return function if surroundings == _NOWHERE else _apart(function, surroundings)
+
+
 @contextlib.contextmanager
 def traced_for(name: str | None, capability: float | None = None) -> Iterator[None]:
     """Inside, operations choose implementations for the platform `name`, or for the default backend's with `None`.
@@ -44,8 +66,10 @@ def traced_for(name: str | None, capability: float | None = None) -> Iterator[No
     a program can be compiled for a GPU that is not here, of the compute capability `capability`.
     """
     before = _platform.set(name)
+    # Who names a platform alone, as a placement does for its part, goes on with the GPU that is supposed around it.
+    supposed = contextlib.nullcontext() if capability is None else pallas_support.supposing(capability)
     try:
-        with pallas_support.supposing(capability):
+        with supposed:
             yield
     finally:
         _platform.reset(before)

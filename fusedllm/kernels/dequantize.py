@@ -16,7 +16,7 @@ from fusedllm.kernels import native_grouping
 from fusedllm.kernels.choose import choose, platform
 from fusedllm.kernels.grouped import grouped_scheme
 from fusedllm.kernels.hadamard import hadamard
-from fusedllm.kernels.pallas_support import interprets, why_not_codes
+from fusedllm.kernels.pallas_support import casts_float8, interprets, why_not_codes
 from fusedllm.qarray import QuantArray
 
 
@@ -31,9 +31,9 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
         unturned = dataclasses.replace(array, scheme=scheme.unturned)
         return hadamard(dequantize(unturned, implementation=implementation)).astype(dtype)
     if problem := "no grouped codes" if scheme is None else why_not_codes(scheme):
-        if implementation == "pallas":
+        if implementation in ("pallas", "triton"):
             raise ImplementationError(
-                f"dequantize: the implementation 'pallas' can't read {array.scheme.name}: {problem}."
+                f"dequantize: the implementation {implementation!r} can't read {array.scheme.name}: {problem}."
             )
         if platform() == "gpu":
             implementation = implementation or "xla"
@@ -48,7 +48,7 @@ def dequantize(array: QuantArray, dtype: DTypeLike = jnp.float32, *, implementat
 def _dequantize_triton(array: QuantArray, dtype: np.dtype) -> jax.Array:
     from fusedllm.kernels.dequantize_triton import dequantize_triton  # Imports Pallas: see `pallas_support`.
 
-    return dequantize_triton(array, dtype, interprets())
+    return dequantize_triton(array, dtype, interprets(), casts_float8())
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -20,9 +20,14 @@ COLUMNS = 256
 WARPS = 4
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def dequantize_triton(array: QuantArray, dtype: np.dtype, interpret: bool) -> jax.Array:
-    """The values of `array` in `dtype`; its scheme is one that `why_not_codes` has nothing against."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def dequantize_triton(
+    array: QuantArray, dtype: np.dtype, interpret: bool, native_float8: bool | None = None
+) -> jax.Array:
+    """The values of `array` in `dtype`; its scheme is one that `why_not_codes` has nothing against.
+
+    `native_float8` is what `from_float8` asks.
+    """
     scheme = array.scheme
     assert isinstance(scheme, GroupedScheme)
     width = array.shape[-1]
@@ -30,19 +35,19 @@ def dequantize_triton(array: QuantArray, dtype: np.dtype, interpret: bool) -> ja
     columns = min(scheme.group_size or COLUMNS, COLUMNS)
     rows = TILE // columns
     out = jax.ShapeDtypeStruct((buffers[0].shape[0], width), dtype)
-    kernel = functools.partial(_dequantize_tile, scheme=scheme, tile=(rows, columns))
+    kernel = functools.partial(_dequantize_tile, scheme=scheme, tile=(rows, columns), native_float8=native_float8)
     grid = (pl.cdiv(out.shape[0], rows), pl.cdiv(width, columns))
     (values,) = launch(kernel, grid, [out], *buffers, warps=WARPS, stages=1, interpret=interpret)
     return values.reshape(array.shape)
 
 
-def _dequantize_tile(*refs: Any, scheme: GroupedScheme, tile: tuple[int, int]) -> None:
+def _dequantize_tile(*refs: Any, scheme: GroupedScheme, tile: tuple[int, int], native_float8: bool | None) -> None:
     values, *numbers, out = refs
     rows, columns = Span(pl.program_id(0), tile[0]), Span(pl.program_id(1), tile[1])
     codes = load_codes(values, scheme.bits, rows, columns)
     scale, *zero = (load(ref, rows, group_of(columns, scheme)).astype(jnp.float32) for ref in numbers)
     if scheme.codes == "float8":
-        decoded = from_float8(codes)
+        decoded = from_float8(codes, native_float8)
     else:
         decoded = codes.astype(jnp.float32) - (zero[0] if zero else np.float32(scheme.center))
     store(out, rows, columns, scale * decoded)

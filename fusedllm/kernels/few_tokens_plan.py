@@ -146,7 +146,7 @@ def _parts(kinds: Sequence[Kind], gated: bool, reading: Reading, threads: int) -
     for number in range(0, len(kinds), together):
         some = kinds[number : number + together]
         weights = sum(kind.width for kind in some)
-        bytes_ = sum(kind.width * kind.bits // 8 for kind in some)
+        bytes_ = sum(cdiv(kind.width * kind.bits, 8) for kind in some)
         most = min(threads * reading.thread_weights // weights, threads * reading.thread_bytes // bytes_)
         rows = 1 << max(0, most.bit_length() - 1)
         rows = min(rows, next_power_of_2(some[0].height))

@@ -26,7 +26,7 @@ from fusedllm.kernels.triton_tiles import from_float8, iota, launch
 from fusedllm.qarray import QuantArray
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "gated", "out_dtype", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "out_dtype", "interpret", "native_float8"))
 def products_triton(
     x: jax.Array,
     weights: tuple[jax.Array | QuantArray, ...],
@@ -38,11 +38,12 @@ def products_triton(
     gated: bool = False,
     out_dtype: np.dtype,
     interpret: bool,
+    native_float8: bool | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The products of `x` `[tokens, in]`, up to `MOST_FEW_TOKENS` tokens, with `weights` `[out, in]`, in one launch.
 
     With `norm` they are those of the RMS norm of `x + delta`. If `gated` there are two weights, and the result is one:
-    SwiGLU of their products, each with its bias.
+    SwiGLU of their products, each with its bias. `native_float8` is what `from_float8` asks.
 
     Returns:
       `x + delta` (`x` where there is no `delta`), and the products as `out_dtype`.
@@ -63,7 +64,7 @@ def products_triton(
     if delta is not None:
         out.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
     given = tuple(bias is not None for bias in biases)
-    step = _Step(plan, kinds, delta is not None, norm is not None, given, eps, gated)
+    step = _Step(plan, kinds, delta is not None, norm is not None, given, eps, gated, native_float8)
 
     # What a profile calls it.
     def few_tokens(*refs: Any) -> None:
@@ -85,6 +86,7 @@ class _Step:
     biased: tuple[bool, ...]
     eps: float
     gated: bool
+    native_float8: bool | None
 
     def run(self, *refs: Any) -> None:
         left = iter(refs)
@@ -120,7 +122,7 @@ class _Step:
         squares = [jnp.float32(0)] * inputs.tokens
         sums = [[jnp.zeros(part.rows, jnp.float32)] * inputs.tokens for _ in some]
         for turn, columns in enumerate(self.plan.columns):
-            decoded = [matrix.decode(raw[at][turn], columns) for at, (matrix, _) in enumerate(some)]
+            decoded = [matrix.decode(raw[at][turn], self.native_float8) for at, (matrix, _) in enumerate(some)]
             for token in range(inputs.tokens):
                 total = inputs.total(token, columns)
                 squares[token] += jnp.sum(total * total) if self.norms else 0
@@ -199,15 +201,14 @@ class _Matrix(NamedTuple):
         # Nobody reads it again before the next token.
         return _load(self.values.at[rows[:, None, None], place[None]], mask, "evict_first")
 
-    def decode(self, raw: jax.Array, columns: Columns) -> list[jax.Array]:
+    def decode(self, raw: jax.Array, native_float8: bool | None) -> list[jax.Array]:
         """Of each element its codes as float32, without zero points."""
         scheme = self.kind.scheme
-        del columns
         if scheme is None:
             return [raw.astype(jnp.float32)]
         if scheme.bits == 8:
             codes = jax.lax.bitcast_convert_type(raw, jnp.int8)
-            return [from_float8(codes) if scheme.codes == "float8" else codes.astype(jnp.float32)]
+            return [from_float8(codes, native_float8) if scheme.codes == "float8" else codes.astype(jnp.float32)]
         wide = raw.astype(jnp.int32)
         return [(wide & 15).astype(jnp.float32), (wide >> 4).astype(jnp.float32)]
 

@@ -18,7 +18,7 @@ from fusedllm.kernels.grouped import MOST_INTEGER_COLUMNS, GroupedScheme, groupe
 from fusedllm.kernels.hadamard import hadamard
 from fusedllm.kernels.mosaic_limits import why_not_linear_mosaic
 from fusedllm.kernels.packed import PLAIN_NUMBERS, PackedScheme, packed_scheme
-from fusedllm.kernels.pallas_support import interprets, why_not_codes
+from fusedllm.kernels.pallas_support import casts_float8, interprets, why_not_codes
 from fusedllm.kernels.quantize import round_activations
 from fusedllm.qarray import QuantArray
 
@@ -167,6 +167,8 @@ def _way_triton(x: jax.Array, weight: Any) -> Any:
     """The function that takes several such weights in one launch, `None` for launches of each by itself, or else what
     is against it.
     """
+    if x.size == 0:
+        return "there is no token"
     if why_not_few_tokens(x, weight) is None:
         return _few_tokens_triton
     if why_not_some_tokens(x, weight) is None:
@@ -186,7 +188,8 @@ def _few_tokens_triton(
     from fusedllm.kernels.few_tokens_triton import products_triton  # Imports Pallas: see `pallas_support`.
 
     rows = x.reshape(-1, x.shape[-1])
-    _, products = products_triton(rows, tuple(weights), out_dtype=np.dtype(out_dtype), interpret=interprets())
+    static = {"out_dtype": np.dtype(out_dtype), "interpret": interprets(), "native_float8": casts_float8()}
+    _, products = products_triton(rows, tuple(weights), **static)
     return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
 
 
@@ -202,7 +205,7 @@ def _product_triton(x: jax.Array, weight: Any, out_dtype: DTypeLike) -> jax.Arra
     from fusedllm.kernels.linear_triton import product_triton  # Imports Pallas: see `pallas_support`.
 
     rows = hadamard(x) if turns(weight) else x
-    product = product_triton(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets())
+    product = product_triton(rows.reshape(-1, x.shape[-1]), weight, np.dtype(out_dtype), interprets(), casts_float8())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -122,11 +122,13 @@ class Plan:
         return cls(blocks, columns, planes, dots, turns, max(1, parts), grid)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def product_triton(x: jax.Array, weight: QuantArray, out_dtype: np.dtype, interpret: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def product_triton(
+    x: jax.Array, weight: QuantArray, out_dtype: np.dtype, interpret: bool, native_float8: bool | None = None
+) -> jax.Array:
     """`x @ weight.T` for `x` `[tokens, in]` in bfloat16, float16 or float32, as `out_dtype` `[tokens, out]`.
 
-    The scheme of `weight` is one that `why_not_codes` has nothing against.
+    The scheme of `weight` is one that `why_not_codes` has nothing against. `native_float8` is what `from_float8` asks.
     """
     scheme = weight.scheme
     assert isinstance(scheme, GroupedScheme)
@@ -143,7 +145,7 @@ def product_triton(x: jax.Array, weight: QuantArray, out_dtype: np.dtype, interp
     # Partial sums lie side by side, in whole blocks.
     width = rows if plan.parts == 1 else plan.parts * plan.grid[1] * blocks.rows
     out = jax.ShapeDtypeStruct((tokens, width), out_dtype if plan.parts == 1 else np.dtype(np.float32))
-    kernel = functools.partial(_product_tile, scheme=scheme, plan=plan)
+    kernel = functools.partial(_product_tile, scheme=scheme, plan=plan, native_float8=native_float8)
     grid = (*plan.grid, plan.parts)
     (sums,) = launch(kernel, grid, [out], *operands, warps=blocks.warps, stages=blocks.stages, interpret=interpret)
     if plan.parts == 1:
@@ -151,7 +153,7 @@ def product_triton(x: jax.Array, weight: QuantArray, out_dtype: np.dtype, interp
     return sums.reshape(tokens, plan.parts, -1).sum(1)[:, :rows].astype(out_dtype)
 
 
-def _product_tile(*refs: Any, scheme: GroupedScheme, plan: Plan) -> None:
+def _product_tile(*refs: Any, scheme: GroupedScheme, plan: Plan, native_float8: bool | None) -> None:
     x, values, scales, *other, out = refs
     zeros = None if scheme.symmetric else other[0]
     tokens, rows = Span(pl.program_id(0), plan.blocks.tokens), Span(pl.program_id(1), plan.blocks.rows)
@@ -162,7 +164,7 @@ def _product_tile(*refs: Any, scheme: GroupedScheme, plan: Plan) -> None:
         # Contracted along the columns of both: the weight's rows are many, and so the matrix unit's longer side.
         terms = [
             jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=total)
-            for plane, codes in enumerate(_planes(values, zeros, scheme, rows, columns, plan.planes))
+            for plane, codes in enumerate(_planes(values, zeros, scheme, rows, columns, plan.planes, native_float8))
             for left in as_terms(codes, x.dtype, 1 if zeros is None else 2)
             for right in as_terms(_plane(x, tokens, columns, plan.planes, plane), x.dtype, 3)
         ]
@@ -206,7 +208,13 @@ def _plane(x: Any, tokens: Span, columns: Span, planes: int, number: int) -> jax
 
 
 def _planes(
-    values: Any, zeros: Any, scheme: GroupedScheme, rows: Span, columns: Span, planes: int
+    values: Any,
+    zeros: Any,
+    scheme: GroupedScheme,
+    rows: Span,
+    columns: Span,
+    planes: int,
+    native_float8: bool | None,
 ) -> Iterator[jax.Array]:
     """The codes `[rows, columns]` without their zero points, one plane after the other."""
     if planes == 1:
@@ -215,7 +223,7 @@ def _planes(
         codes = load_planes(values, scheme.bits, rows, columns)
     for plane in codes:
         if scheme.codes == "float8":
-            yield from_float8(plane)
+            yield from_float8(plane, native_float8)
         elif zeros is not None:
             yield plane.astype(jnp.float32) - load(zeros, rows, group_of(columns, scheme)).astype(jnp.float32)
         elif scheme.center:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from fusedllm.kernels.choose import choose
 from fusedllm.kernels.few_tokens_support import why_not_few_tokens, why_not_some_tokens
 from fusedllm.kernels.linear import linear
-from fusedllm.kernels.pallas_support import interprets
+from fusedllm.kernels.pallas_support import casts_float8, interprets
 from fusedllm.kernels.rms_norm import rms_norm
 from fusedllm.kernels.swiglu import swiglu
 from fusedllm.qarray import QuantArray
@@ -127,6 +127,7 @@ def _norm_linear_triton(
         eps=float(eps),
         out_dtype=np.dtype(x.dtype),
         interpret=interprets(),
+        native_float8=casts_float8(),
     )
     return total.reshape(x.shape), tuple(product.reshape(*x.shape[:-1], -1) for product in products)
 
@@ -143,7 +144,8 @@ def _norm_swiglu_triton(
 ) -> tuple[jax.Array, jax.Array]:
     alike = len({weight.shape for weight in weights}) == 1
     if not alike or not _fits(x, norm, weights, delta):
-        if alike and weights[0].shape[1:] == norm.shape and not any(why_not_some_tokens(x, one) for one in weights):
+        plain = weights[0].shape[1:] == norm.shape and (delta is None or delta.dtype == x.dtype)
+        if alike and plain and not any(why_not_some_tokens(x, one) for one in weights):
             return _norm_then_swiglu_triton(x, norm, weights, eps, delta, biases)
         return _norm_swiglu_composed(x, norm, weights, eps, delta, biases, precise, asked)
     from fusedllm.kernels.few_tokens_triton import products_triton  # Imports Pallas: see `pallas_support`.
@@ -159,6 +161,7 @@ def _norm_swiglu_triton(
         gated=True,
         out_dtype=np.dtype(x.dtype),
         interpret=interprets(),
+        native_float8=casts_float8(),
     )
     return total.reshape(x.shape), active.reshape(*x.shape[:-1], -1)
 

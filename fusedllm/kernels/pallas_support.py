@@ -17,6 +17,9 @@ LEAST_GROUP = 32
 # instructions that Hopper was the first to have.
 LEAST_CAPABILITY = {"triton": 8.0, "mosaic": 9.0}
 
+# GPUs of NVIDIA from Ada on convert float8.
+FLOAT8_CAPABILITY = 8.9
+
 GENERATIONS = {8.0: "Ampere", 9.0: "Hopper"}
 
 # Mosaic's kernels multiply with an instruction (wgmma) that Hopper has and its successors do not.
@@ -77,6 +80,11 @@ def preferring(way: str | None) -> Iterator[None]:
         _preferred.reset(before)
 
 
+def surroundings() -> tuple[object, ...]:
+    """What contexts of this file say here: a program that was traced elsewhere may be another one."""
+    return tuple(variable.get() for variable in (_interpreting, _automatic_mosaic, _preferred, _supposed))
+
+
 def is_automatic(operation: str, implementation: str) -> bool:
     """Whether this implementation of `operation` may be chosen where nothing is asked for."""
     if implementation != "mosaic":
@@ -122,6 +130,11 @@ def compute_capability() -> float | None:
         return supposed
     name = getattr(jax.local_devices()[0], "compute_capability", "")
     return float(name) if name.replace(".", "", 1).isdecimal() else None
+
+
+def casts_float8() -> bool:
+    """Whether the GPU has an instruction that makes numbers of float8."""
+    return (compute_capability() or 0) >= FLOAT8_CAPABILITY
 
 
 def why_not_codes(scheme: GroupedScheme) -> str | None:

@@ -53,8 +53,10 @@ def quantize(
         turned = quantize(hadamard(weights), scheme.unturned, scale_dtype=scale_dtype, implementation=implementation)
         return dataclasses.replace(turned, scheme=scheme)
     if problem := why_not_codes(scheme):
-        if implementation == "pallas":
-            raise ImplementationError(f"quantize: the implementation 'pallas' can't write {scheme.name}: {problem}.")
+        if implementation in ("pallas", "triton"):
+            raise ImplementationError(
+                f"quantize: the implementation {implementation!r} can't write {scheme.name}: {problem}."
+            )
         if platform() == "gpu":
             implementation = implementation or "xla"
     implementations: dict[str, Callable[..., QuantArray]] = {

@@ -22,15 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fusedllm.kernels.grouped import LARGEST_FLOAT8, GroupedScheme
-from fusedllm.kernels.pallas_support import compute_capability
+from fusedllm.kernels.pallas_support import casts_float8
 
 # A float8 e4m3fn has four bits of exponent with a bias of 7, and three of mantissa; a float32 has 8, 127 and 23.
 FLOAT8_LEAST_NORMAL = 2.0**-6
 FLOAT8_LEAST = 2.0**-9
 FLOAT8_NAN = 0x7F
-
-# GPUs of NVIDIA from Ada on convert it.
-FLOAT8_CAPABILITY = 8.9
 
 
 def launch(
@@ -176,15 +173,11 @@ def unit(bits: int) -> tuple[int, int]:
     return 8 // shared, bits // shared
 
 
-def casts_float8() -> bool:
-    """Whether the GPU has an instruction that makes numbers of float8."""
-    return (compute_capability() or 0) >= FLOAT8_CAPABILITY
-
-
 def from_float8(codes: jax.Array, native: bool | None = None) -> jax.Array:
     """The float32 values of the float8 e4m3fn whose bits `codes` are, of a byte; by the chip's cast where it has one.
 
-    `native` says whether it has, to who must not ask while tracing.
+    `native` says whether it has. A program that is kept (`jax.jit`) is to be told, as it is found by its arguments and
+    not by the device that it was traced for.
     """
     if casts_float8() if native is None else native:
         return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fusedllm.kernels.choose import traced_for
+from fusedllm.kernels.choose import traced_for, traced_here
 from fusedllm.kernels.linear import linear
 from fusedllm.kernels.norm_linear import norm_linear, norm_swiglu
 from fusedllm.kernels.pallas_support import preferring
@@ -49,7 +49,7 @@ class Plain(Composed):
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """One XLA program."""
         if self.platform is None:
-            return jax.jit(function, **options)
+            return jax.jit(traced_here(function), **options)
 
         @functools.wraps(function)
         def traced(*operands: Any, **named: Any) -> Any:
