@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from fusedllm.config import SamplingParams
+from fusedllm.engine.arrivals import Arrived, Deliver, drained, numbered
 from fusedllm.engine.flights import Flights
 from fusedllm.engine.lockstep import Lockstep
 from fusedllm.engine.request import Chunk, Constraint, FinishReason
@@ -24,17 +25,11 @@ from fusedllm.sharding.processes import shared_number
 
 logger = logging.getLogger(__name__)
 
-# Takes a request's chunks as they come.
-Deliver = Callable[[Chunk], None]
-
 # One launch runs, one is queued behind it.
 LAUNCHES_AHEAD = 1
 
 # Far from where the arithmetic of waiting times ends.
 MAX_PRIORITY = 1_000_000
-
-# How often `run` looks, while the thread drives, whether its requests have ended without a chunk.
-WATCH_SECONDS = 0.1
 
 
 class Engine:
@@ -124,18 +119,17 @@ class Engine:
 
     def run(self, sequences: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
         """Yields `(index into sequences, chunk)` as tokens arrive. Closing the iterator cancels what is unfinished."""
-        arrived: queue.SimpleQueue[tuple[int, Chunk]] = queue.SimpleQueue()
+        arrived: Arrived = queue.SimpleQueue()
+
+        def drive() -> None:
+            with self._lock:
+                if arrived.empty():
+                    self._step()
+
         for index, sequence in enumerate(sequences):
-            self.add(sequence, lambda chunk, index=index: arrived.put((index, chunk)))  # type: ignore[misc]
+            self.add(sequence, numbered(index, arrived))
         try:
-            while not (arrived.empty() and self.have_ended(sequences) and arrived.empty()):
-                if arrived.empty() and not self.alive:
-                    with self._lock:
-                        if arrived.empty():
-                            self._step()
-                    continue
-                with contextlib.suppress(queue.Empty):
-                    yield arrived.get(timeout=WATCH_SECONDS)
+            yield from drained(arrived, lambda: self.have_ended(sequences), lambda: self.alive, drive)
         finally:
             for sequence in sequences:
                 self.cancel(sequence)

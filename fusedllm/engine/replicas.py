@@ -6,20 +6,20 @@ launch of one waits for another's: while one prefills the others decode, which o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import operator
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from fusedllm.config import SamplingParams
+from fusedllm.engine.arrivals import Arrived, Deliver, drained, numbered
 from fusedllm.engine.config import EngineConfig
-from fusedllm.engine.engine import WATCH_SECONDS, Deliver, Engine
+from fusedllm.engine.engine import Engine
 from fusedllm.engine.request import Chunk
 from fusedllm.engine.request import Sequence as Request
 from fusedllm.engine.runner import Runner
@@ -64,26 +64,28 @@ class Replicas:
 
     def run(self, sequences: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
         """As `Engine.run`: whoever waits drives all engines in turn, so that each has a launch ahead."""
-        arrived: queue.SimpleQueue[tuple[int, Chunk]] = queue.SimpleQueue()
+        arrived: Arrived = queue.SimpleQueue()
+
+        def drive() -> None:
+            for engine in self.engines:
+                engine.step()
+
         for index, sequence in enumerate(sequences):
-            home = self._choose(sequence)
-            home.add(sequence, lambda chunk, index=index: arrived.put((index, chunk)))  # type: ignore[misc]
+            self._choose(sequence).add(sequence, numbered(index, arrived))
         try:
-            while not (arrived.empty() and self._have_ended(sequences) and arrived.empty()):
-                if arrived.empty() and not self.alive:
-                    for engine in self.engines:
-                        engine.step()
-                    continue
-                with contextlib.suppress(queue.Empty):
-                    yield arrived.get(timeout=WATCH_SECONDS)
+            yield from drained(arrived, lambda: self._have_ended(sequences), lambda: self.alive, drive)
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
 
     def warm_up(self, on_program: Callable[[str], object] = lambda name: None) -> None:
         """As `Engine.warm_up`, of each: a program is compiled for the devices that it runs on."""
+
+        def told(group: int, name: str) -> None:
+            on_program(f"{name} (group {group})")
+
         for number, engine in enumerate(self.engines, 1):
-            engine.warm_up(lambda name, number=number: on_program(f"{name} (group {number})"))  # type: ignore[misc]
+            engine.warm_up(functools.partial(told, number))
 
     def start(self, max_queue: int | None = None) -> None:
         """Runs each engine in a thread of its own; `max_queue` is of all together."""
@@ -108,7 +110,9 @@ class Replicas:
         """Counters and gauges of all together."""
         each = [engine.stats() for engine in self.engines]
         names = [field.name for field in dataclasses.fields(EngineStats)]
-        return EngineStats(**{name: reduce(operator.add, (getattr(one, name) for one in each)) for name in names})
+        return EngineStats(
+            **{name: functools.reduce(operator.add, (getattr(one, name) for one in each)) for name in names}
+        )
 
     def logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
         """As `Engine.logits`, by the first."""
