@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
+from kernel_cases import HALF_STEP, lowered
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels.attention import paged_attention
@@ -37,8 +38,6 @@ FP8 = "float8_e4m3fn"
 CACHES = ("bfloat16", "int8", FP8, "float16", "float32")
 QUERIES = ("bfloat16", "float32", "float16")
 
-# Half of the last bit's step.
-HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # The relative distance of neighbours, of which a rotation's last bit can make one the other where a compiler fuses a
 # product with a sum.
 STEP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22, "int8": 0, FP8: 2.0**-3}
@@ -449,14 +448,6 @@ def test_a_model_says_the_same_by_kernels():
     assert not np.array_equal(found, wanted), "the kernels did not run"
     # Two layers of float32's sums.
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-
-
-def lowered(function, *arguments, platform="cuda", **named):
-    """The program for a GPU that is not here."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return function.trace(*arguments, **named).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import random_codes
 from test_norm_linear import EPS, Case, matrix, on_a_gpu
-from test_triton_quant import random_codes
 
 from fusedllm.kernels.choose import traced_for
 from fusedllm.kernels.dequantize import dequantize

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 
@@ -368,10 +369,8 @@ def test_products_are_lowered_for_a_hopper(name, shape):
 
 def lowered(function, *arguments):
     """The program for an H200 that is not here."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), traced_for("gpu", 9.0):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    with traced_for("gpu", 9.0):
+        return kernel_cases.lowered(jax.jit(function), *arguments)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)

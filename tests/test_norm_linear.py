@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_triton_quant import HALF_STEP, lowered, random_codes
+from kernel_cases import HALF_STEP, lowered, random_codes
 
 from fusedllm.config import ModelConfig
 from fusedllm.engine.config import EngineConfig

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import HALF_STEP, lowered, random_codes
 
 from fusedllm.errors import ImplementationError
 from fusedllm.kernels import pallas_support
@@ -24,7 +25,6 @@ from fusedllm.kernels.pallas_support import interpreting
 from fusedllm.kernels.quantize import quantize, round_activations
 from fusedllm.kernels.quantize_triton import quantize_triton
 from fusedllm.kernels.triton_tiles import Span, from_float8, round_to_even, tile, to_float8
-from fusedllm.qarray import QuantArray
 from fusedllm.quant.schemes import SCHEMES
 
 # jax says so from 0.11 on, whatever the kernel.
@@ -50,9 +50,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHAPES = ((37, 200), (1, 1030), (130, 66), (64, 256))
 TOKENS = (1, 5, 20, 70)
 
-# Half of the last bit's step of a number.
-HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-
 
 def turn(choices, number):
     """Every choice in turn, so that neighbours in a list of cases differ."""
@@ -70,19 +67,6 @@ def matrix(shape, dtype, seed):
     values[rows == 9] *= 1e3
     values[rows == 11] = np.abs(values[rows == 11])
     return jnp.asarray(values, dtype)
-
-
-def random_codes(scheme, shape, seed, scale_dtype="float16"):
-    """Any bytes, as a quantizer need not make them, with scales of both signs and zero points between codes."""
-    rng = np.random.default_rng(seed)
-    rows, width = shape
-    values = rng.integers(0, 256, (rows, scheme.row_bytes(width))).astype(np.uint8)
-    if scheme.codes == "float8":
-        values[values & 127 == 127] = 1
-    grid = (rows, scheme.groups(width))
-    scales = (rng.uniform(0.5, 1, grid) * rng.choice([-0.01, 0.01], grid)).astype(scale_dtype)
-    zeros = None if scheme.symmetric else jnp.asarray(rng.uniform(0, scheme.highest, grid).astype(scale_dtype))
-    return QuantArray(jnp.asarray(values), jnp.asarray(scales), zeros, scheme, shape)
 
 
 def assert_same_bits(found, wanted):
@@ -373,14 +357,6 @@ def test_numbers_become_the_nearest_float8(numbers):
     x = np.concatenate([np.asarray(numbers, np.float32), finite, halves, np.nextafter(halves, 0), -halves])
     wanted = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     np.testing.assert_array_equal(jax.jit(to_float8)(x), wanted)
-
-
-def lowered(function, *arguments, platform="cuda"):
-    """The program for a GPU that is not here."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
 def abstract(scheme, shape):
