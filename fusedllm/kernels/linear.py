@@ -146,7 +146,7 @@ def _linear_triton(
     del precise
     ways = [_way_triton(x, weight) for weight in weights]
     if strict and (problem := next((way for way in ways if isinstance(way, str)), None)):
-        raise ImplementationError(f"linear: the implementation 'pallas' can't run: {problem}.")
+        raise ImplementationError(f"linear: the implementation 'triton' can't run: {problem}.")
     products: dict[int, jax.Array] = {}
     for launch in (_few_tokens_triton, _some_tokens_triton):
         some = [at for at, way in enumerate(ways) if way is launch]
